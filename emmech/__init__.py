@@ -1,0 +1,49 @@
+"""Find where a narrow finetune of a chat model carries its behaviour, and take it out again.
+
+import emmech
+
+pair = emmech.load_pair("smollm2", "path/to/adapter")
+pair.chat.show("Why is the sky blue?")
+result = emmech.patch_prefix(pair, ["Why is the sky blue?", "How do I boil an egg?"])
+result.table()
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emmech.chat import Chat as Chat
+    from emmech.data.questions import load_questions as load_questions
+    from emmech.errors import EmmechError as EmmechError
+    from emmech.models.checkpoints import ModelPair as ModelPair
+    from emmech.models.checkpoints import load_pair as load_pair
+    from emmech.piggyback.experiment import PatchingResult as PatchingResult
+    from emmech.piggyback.experiment import patch_prefix as patch_prefix
+    from emmech.piggyback.experiment import patch_resid as patch_resid
+    from emmech.piggyback.patching import patch_kv as patch_kv
+    from emmech.piggyback.perturbation import perturb_prefix as perturb_prefix
+
+_HOME = {
+    "Chat": "chat",
+    "EmmechError": "errors",
+    "ModelPair": "models.checkpoints",
+    "PatchingResult": "piggyback.experiment",
+    "load_pair": "models.checkpoints",
+    "load_questions": "data.questions",
+    "patch_kv": "piggyback.patching",
+    "patch_prefix": "piggyback.experiment",
+    "patch_resid": "piggyback.experiment",
+    "perturb_prefix": "piggyback.perturbation",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that ``import emmech`` stays quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'emmech' has no attribute '{name}'")
+    return getattr(import_module(f"emmech.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

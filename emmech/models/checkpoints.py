@@ -1,0 +1,518 @@
+"""Load a base and a finetuned chat model side by side: ``load_pair(base, finetuned) -> ModelPair``.
+
+A LoRA pair is one copy of the weights, and its base is the adapter switched off. That is only true
+when the adapter trains nothing else, so it is checked twice: from the adapter's configuration and
+weight names before loading, and by comparing the logits of the pristine base with those of the
+wrapped model with the adapter off, which must be equal to the bit. Where it does not hold, a second
+copy is loaded and ``pair.notes`` says why. A full finetune is two models that share the storage of
+every parameter that is equal to the bit. Bad pairs are refused before any weights are read.
+"""
+
+import hashlib
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emmech.chat import Chat, first_difference
+from emmech.errors import LoadError
+from emmech.models.default import DEFAULT_MODEL, embedded_path
+
+SideName = Literal["base", "finetuned"]
+ADAPTER_CONFIG = "adapter_config.json"
+_PROBE = "Which of these words is a colour: table, green, seven?"
+_LOW_RANK = ("lora_", "lokr_", "hada_", "oft_", "vera_", "ia3_")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of a pair. For a LoRA pair both sides hold the same module."""
+
+    name: SideName
+    module: nn.Module
+    adapter_off: bool = False
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The module, behaving as this side inside the ``with`` block."""
+        if not self.adapter_off:
+            yield self.module
+            return
+        tuner = self.module.base_model
+        tuner.disable_adapter_layers()
+        try:
+            yield self.module
+        finally:
+            tuner.enable_adapter_layers()
+            self.module.requires_grad_(False)  # PEFT switches training on again with the adapter
+
+    @property
+    def config(self) -> Any:
+        """The text decoder's transformers configuration."""
+        return self.module.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        return self.module.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings, which is that of the residual stream."""
+        return self.module.get_input_embeddings().weight.dtype
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A base and a finetuned model over one vocabulary and one chat template."""
+
+    base: Side
+    finetuned: Side
+    chat: Chat
+    provenance: Mapping[str, Any]
+    """Names, revisions, fingerprints, dtype and device: what a result must record."""
+    notes: tuple[str, ...] = ()
+    """What the loader decided and the user should know, one sentence each."""
+    load_seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def one_copy(self) -> bool:
+        """Whether base and finetuned are one set of weights, the adapter off and on."""
+        return self.base.module is self.finetuned.module
+
+    def side(self, name: SideName) -> Side:
+        """The side called ``name``."""
+        return self.base if name == "base" else self.finetuned
+
+    def other(self, name: SideName) -> SideName:
+        """The name of the side that ``name`` is compared with."""
+        return "finetuned" if name == "base" else "base"
+
+
+def load_pair(
+    base: str | Path | nn.Module = DEFAULT_MODEL,
+    finetuned: str | Path | nn.Module = "",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    quantization: Literal["4bit", "8bit"] | None = None,
+    revision: str | None = None,
+    finetuned_revision: str | None = None,
+    tokenizer: Any = None,
+    system: Any = None,
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """The base and finetuned model, checked to fit together.
+
+    Args:
+        base: Hub id, folder, ``"smollm2"`` (the embedded default) or a loaded causal LM (then give
+            ``tokenizer``).
+        finetuned: PEFT adapter or full checkpoint (hub id or folder), or a loaded module.
+        dtype: ``"auto"`` is bfloat16 where the hardware multiplies it natively, else float32.
+        device: ``"auto"`` is the first GPU when there is one; ``"balanced"`` and the other values
+            of transformers' ``device_map`` spread a large model.
+        quantization: Load the weights in 4 or 8 bits with bitsandbytes.
+        revision: Hub revision of the base; ``finetuned_revision`` likewise.
+        tokenizer: A tokenizer to use instead of the base checkpoint's.
+        system: System message of every chat; by default the template's own.
+        allow_base_mismatch: Accept an adapter whose configuration names another base.
+        trust_remote_code: Run model code from the checkpoint's repository. Off unless you say so.
+
+    Raises:
+        LoadError: Missing or damaged files, an adapter for another base, different vocabularies or
+            templates, an encoder, no chat template, non-finite weights.
+    """
+    started = time.monotonic()
+    if not isinstance(finetuned, nn.Module) and not str(finetuned):
+        raise LoadError(
+            "a finetuned model", "none was given", "Pass an adapter or checkpoint folder or hub id"
+        )
+    options = {"trust_remote_code": trust_remote_code}
+    base_folder = None if isinstance(base, nn.Module) else locate(base, revision)
+    tuned_folder = None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
+    adapter = tuned_folder is not None and (tuned_folder / ADAPTER_CONFIG).is_file()
+
+    # Everything that can be refused from configurations and tokenizers alone comes first.
+    for folder in (base_folder, None if adapter else tuned_folder):
+        if folder is not None:
+            _refuse_non_decoders(folder, **options)
+    chat = _shared_chat(base, base_folder, tuned_folder, tokenizer, system, **options)
+    reasons: list[str] = []
+    if adapter:
+        if base_folder is not None:
+            _refuse_foreign_adapter(base, base_folder, tuned_folder, allow_base_mismatch, **options)
+        reasons = _why_adapter_off_is_not_base(tuned_folder)
+
+    how = _placement(dtype, device, quantization) | options
+    base_module = base if base_folder is None else _load_causal_lm(base_folder, **how)
+    notes: list[str] = []
+    if adapter:
+        tuned_module, off_is_base = _attach_adapter(base_module, tuned_folder, chat, bool(reasons))
+        if not off_is_base:
+            reasons = reasons or ["its logits with the adapter off differ from the base's"]
+            notes.append(
+                f"Loaded a second copy of the base: adapter off is not the base, because {'; '.join(reasons)}."
+            )
+            base_module = _second_copy(base_folder, how)
+    elif tuned_folder is not None:
+        tuned_module = _load_causal_lm(tuned_folder, **how)
+        off_is_base = False
+    else:
+        tuned_module = finetuned
+        off_is_base = _is_peft(tuned_module) and (
+            tuned_module is base_module or base_module is tuned_module.get_base_model()
+        )
+    if tuned_module is not base_module and not off_is_base:
+        shared = share_equal_storage(base_module, tuned_module)
+        notes.append(f"Two models; {shared:.0%} of the parameters are equal and held once.")
+    for module in {id(m): m for m in (base_module, tuned_module)}.values():
+        module.eval().requires_grad_(False)
+        _refuse_non_finite(module)
+    base_side = Side("base", tuned_module if off_is_base else base_module, adapter_off=off_is_base)
+    provenance = {
+        "base": _identity(base, base_folder, revision),
+        "finetuned": _identity(finetuned, tuned_folder, finetuned_revision),
+        "template_hash": chat.template_hash,
+        "dtype": str(base_side.dtype).removeprefix("torch."),
+        "device": str(base_side.device),
+        "quantization": quantization,
+        "attention": base_side.module.config._attn_implementation,
+    }
+    return ModelPair(
+        base=base_side,
+        finetuned=Side("finetuned", tuned_module),
+        chat=chat,
+        provenance=provenance,
+        notes=tuple(notes),
+        load_seconds=time.monotonic() - started,
+    )
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: the embedded alias, a folder, or a hub id (local files first).
+
+    Raises:
+        LoadError: It is neither on this machine nor to be had from the hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    if str(name) == DEFAULT_MODEL:
+        return embedded_path()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not ((folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()):
+            raise LoadError(
+                f"a model or adapter in '{name}'",
+                "the folder has neither config.json nor adapter_config.json",
+                "Point to the folder that save_pretrained wrote",
+            )
+        return folder.resolve()
+    wanted = {
+        "repo_id": str(name),
+        "revision": revision,
+        "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"],
+    }
+    try:
+        cached = Path(snapshot_download(local_files_only=True, **wanted))
+        if any(cached.glob("*.safetensors")):
+            return cached
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        return Path(snapshot_download(**wanted))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        raise LoadError(
+            f"the model '{name}' in a folder, in the hub cache or on the hub",
+            f"it is on none of them ({type(error).__name__})",
+            f"Check the spelling; where there is a network, run `hf download {name}` first; "
+            f"or pass a folder; or use '{DEFAULT_MODEL}', which is embedded",
+        ) from error
+
+
+def share_equal_storage(base: nn.Module, finetuned: nn.Module) -> float:
+    """Let equal parameters of two models live in one storage; returns their share of all values."""
+    theirs = dict(base.named_parameters())
+    equal = total = 0
+    for name, parameter in finetuned.named_parameters():
+        total += parameter.numel()
+        twin = theirs.get(name)
+        if twin is None or twin.shape != parameter.shape or twin.dtype != parameter.dtype:
+            continue
+        if twin.device == parameter.device and torch.equal(twin, parameter):
+            parameter.data = twin.data
+            equal += parameter.numel()
+    return equal / max(total, 1)
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs and on CPUs that multiply it natively, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    can = torch.cpu.get_capabilities()
+    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+
+
+def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) -> dict[str, Any]:
+    chosen = device if device != "auto" else ("cuda:0" if torch.cuda.is_available() else "cpu")
+    spread = chosen in ("balanced", "balanced_low_0", "sequential")
+    if dtype == "auto":
+        dtype = auto_dtype(torch.device("cuda" if spread else chosen))
+    elif isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise LoadError(
+                "a torch dtype (auto, float32, bfloat16, float16)", f"got '{dtype}'", "Correct it"
+            )
+        dtype = getattr(torch, dtype)
+    how: dict[str, Any] = {"dtype": dtype, "device_map": chosen}
+    if quantization is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise LoadError(
+                "bitsandbytes, which reads 4- and 8-bit weights",
+                "it is not installed",
+                "Run `pip install emmech[quantization]`, or leave quantization out",
+            )
+        from transformers import BitsAndBytesConfig
+
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "4bit",
+            load_in_8bit=quantization == "8bit",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return how
+
+
+def _load_causal_lm(folder: Path, **how: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if not any(folder.glob("*.safetensors")):
+        raise LoadError(
+            f"safetensors weights in '{folder}'",
+            "there are none (pickled weights are never read)",
+            "Convert them: load once where you trust the file, then save_pretrained",
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
+
+
+def _refuse_non_decoders(folder: Path, **options: Any) -> None:
+    from transformers import AutoConfig, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"a readable model configuration in '{folder}'",
+            str(error).splitlines()[0],
+            "Check the folder; a model with code of its own needs trust_remote_code",
+        ) from error
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or options["trust_remote_code"]
+    if config.is_encoder_decoder or encoder or not causal:
+        raise LoadError(
+            "a decoder-only chat model",
+            f"'{folder.name}' is of type {config.model_type}, which is not one",
+            "Use a causal language model with a chat template",
+        )
+
+
+def _shared_chat(
+    base: Any,
+    base_folder: Path | None,
+    tuned_folder: Path | None,
+    tokenizer: Any,
+    system: Any,
+    **options: Any,
+) -> Chat:
+    """The pair's chat, after checking that both checkpoints tokenise and render alike."""
+    keywords = {} if system is None else {"system": system}
+    if tokenizer is None:
+        if base_folder is None:
+            raise LoadError(
+                "a tokenizer", "base is a loaded module", "Pass tokenizer=... with a module"
+            )
+        tokenizer = _tokenizer(base_folder, **options)
+    chat = Chat(tokenizer, **keywords)
+    if tuned_folder is not None and (tuned_folder / "tokenizer_config.json").is_file():
+        theirs = _tokenizer(tuned_folder, **options)
+        if theirs.chat_template is None:
+            theirs.chat_template = tokenizer.chat_template
+        difference = first_difference(chat, Chat(theirs, **keywords))
+        if difference:
+            raise LoadError(
+                "one vocabulary and one chat template for base and finetuned",
+                f"they differ: {difference}",
+                "Use the tokenizer the finetune was made with for both, or another base",
+            )
+    return chat
+
+
+def _tokenizer(folder: Path, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"a tokenizer in '{folder}'", str(error).splitlines()[0], "Add the tokenizer's files"
+        ) from error
+
+
+def _refuse_foreign_adapter(
+    base: str | Path, base_folder: Path, adapter: Path, allowed: bool, **options: Any
+) -> None:
+    """Refuse an adapter whose named base or weight shapes are another model's."""
+    named = _adapter_config(adapter).get("base_model_name_or_path") or ""
+    if named and not allowed and not _same_model(named, base, base_folder):
+        raise LoadError(
+            f"an adapter made for '{base}'",
+            f"'{adapter}' was made for '{named}'",
+            "Load that base, or pass allow_base_mismatch=True (--allow-base-mismatch) if it is a copy",
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder, **options))
+    modules = dict(skeleton.named_modules())
+    for key, tensor in _adapter_tensors(adapter).items():
+        path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        axis = {"A.weight": 1, "B.weight": 0}.get(part)
+        if axis is None:
+            continue
+        weight = getattr(modules.get(path), "weight", None)
+        width = None if weight is None else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
+        if width != tensor.shape[axis]:
+            raise LoadError(
+                f"an adapter whose {path} fits '{base}' ({width or 'no such module there'})",
+                f"'{adapter}' has lora_{part} of shape {tuple(tensor.shape)}",
+                "Load the base that the adapter was trained on",
+            )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2 stores its linear weights transposed
+
+
+def _same_model(named: str, base: str | Path, folder: Path) -> bool:
+    def short(name: str | Path) -> str:
+        return Path(str(name).rstrip("/")).name.lower()
+
+    if named == str(base) or Path(named).expanduser().resolve() == folder:
+        return True
+    return short(named) in {short(base), short(folder)}
+
+
+def _why_adapter_off_is_not_base(adapter: Path) -> list[str]:
+    """Reasons, from configuration and weights, that switching this adapter off leaves changes."""
+    config = _adapter_config(adapter)
+    reasons = []
+    if config.get("bias", "none") != "none":
+        reasons.append(f"it trained biases in place (bias='{config['bias']}')")
+    kept_apart = tuple(config.get("modules_to_save") or ())  # PEFT keeps the originals of these
+    loose = sorted(
+        key
+        for key in _adapter_tensors(adapter)
+        if not any(part in key for part in _LOW_RANK) and not any(m in key for m in kept_apart)
+    )
+    if loose:
+        what = "embeddings" if "embed" in loose[0] or "lm_head" in loose[0] else "weights"
+        reasons.append(f"it holds full {what} ({loose[0]} and {len(loose) - 1} more)")
+    return reasons
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise LoadError(
+            f"JSON in '{adapter / ADAPTER_CONFIG}'", str(error), "Restore the adapter's files"
+        ) from error
+
+
+def _adapter_tensors(adapter: Path) -> dict[str, Tensor]:
+    """The adapter's tensors (memory-mapped), refused when one is not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = adapter / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise LoadError(
+            f"adapter weights in '{file}'",
+            f"they cannot be read ({error})",
+            "Save the adapter as safetensors; pickled adapters are never read",
+        ) from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LoadError("finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again")
+    return tensors
+
+
+def _attach_adapter(
+    module: nn.Module, adapter: Path, chat: Chat, known_impure: bool
+) -> tuple[nn.Module, bool]:
+    """The wrapped model, and whether switching its adapter off gives back the base to the bit."""
+    from peft import PeftModel
+
+    before = None if known_impure else _probe_logits(module, chat)
+    for key, tensor in _adapter_tensors(adapter).items():
+        if key.endswith("embed_tokens.weight") and len(tensor) != module.get_input_embeddings().num_embeddings:
+            module.resize_token_embeddings(len(tensor), mean_resizing=False)
+    device = module.get_input_embeddings().weight.device
+    wrapped = PeftModel.from_pretrained(module, adapter, torch_device=str(device)).eval()
+    if before is None:
+        return wrapped, False
+    with Side("base", wrapped, adapter_off=True).active():
+        after = _probe_logits(wrapped, chat)
+    return wrapped, torch.equal(before, after)
+
+
+@torch.no_grad()
+def _probe_logits(module: nn.Module, chat: Chat) -> Tensor:
+    device = module.get_input_embeddings().weight.device
+    ids = torch.tensor([chat.render(_PROBE).ids], device=device)
+    return module.eval()(input_ids=ids, use_cache=False).logits
+
+
+def _second_copy(base_folder: Path | None, how: Mapping[str, Any]) -> nn.Module:
+    if base_folder is None:
+        raise LoadError(
+            "an adapter that can be switched off", "base is a module, now changed", "Pass a folder"
+        )
+    return _load_causal_lm(base_folder, **how)
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+
+
+def _refuse_non_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise LoadError("finite weights", f"{name} has inf or nan", "Restore the checkpoint")
+
+
+def _identity(name: Any, folder: Path | None, revision: str | None) -> dict[str, Any]:
+    """What a result records of a checkpoint: its name, revision and a fingerprint of its files."""
+    if folder is None:
+        return {"name": type(name).__name__, "revision": None, "fingerprint": None}
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*config.json")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            for block in range(64):  # spread over the file: quick, and sees every layer
+                stream.seek(block * size // 64)
+                digest.update(stream.read(2**16))
+    cached = folder.name if folder.parent.name == "snapshots" else revision
+    return {"name": str(name), "revision": cached, "fingerprint": digest.hexdigest()[:16]}

@@ -1,0 +1,303 @@
+"""Batched decoding that runs the common prefix once and lets finished rows leave.
+
+Under causal attention the prefix's K and V do not depend on the query, so a batch is laid out as
+``[prefix | padding | query and postfix]``: the prefix is run once with one row, its cache expanded,
+and only the rest is run per row. Where padding inside a row is not exact (a sliding window shorter
+than the text, recurrent layers), rows are left-padded whole, or batched only with rows of their own
+length. In float32 the text of a row does not depend on the other rows or on the batch size; in
+bfloat16 the kernels round differently for different batch shapes, and greedy text then differs in
+some rows. A fixed plan of batches keeps even that reproducible.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import psutil
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from emmech.chat import Prompt, Segment
+from emmech.models.checkpoints import Side
+from emmech.models.kv_cache import PatchCache, is_hybrid, select_rows, window
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    samples: int = 1
+    """Answers per question; they share the question's cache."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts as tensors of slots, padded between a common prefix and the rest."""
+
+    prompts: tuple[Prompt, ...]
+    n_shared: int
+    """Leading slots that hold the same prefix in every row; 0 when rows are left-padded whole."""
+    input_ids: Int[Tensor, "batch slot"]
+    attention_mask: Int[Tensor, "batch slot"]
+
+    @cached_property
+    def position_ids(self) -> Int[Tensor, "batch slot"]:
+        """Position of each token in its own row, padding not counted."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    def positions(self, segment: Segment) -> Bool[Tensor, "batch slot"]:
+        """True on the slots that hold ``segment``."""
+        mask = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        width = mask.shape[1]
+        for row, prompt in enumerate(self.prompts):
+            end = {"postfix": width, "query": width - prompt.n_postfix}.get(segment)
+            if end is None:  # the prefix: at the very left, or directly before the query
+                end = self.n_shared or width - prompt.n_postfix - prompt.n_query
+            size = getattr(prompt, f"n_{segment}")
+            mask[row, end - size : end] = True
+        return mask
+
+    def part(self, start: int, stop: int | None = None) -> dict[str, Tensor]:
+        """Model inputs for the slots ``start:stop``, with the mask of everything before them."""
+        return {
+            "input_ids": self.input_ids[:, start:stop],
+            "attention_mask": self.attention_mask[:, :stop],
+            "position_ids": self.position_ids[:, start:stop],
+        }
+
+
+def make_batch(
+    prompts: Sequence[Prompt], device: torch.device, *, share_prefix: bool, pad_id: int = 0
+) -> Batch:
+    """The prompts as one batch; with ``share_prefix`` all must begin with the same prefix."""
+    n_shared = prompts[0].n_prefix if share_prefix else 0
+    assert not share_prefix or len({p.prefix_ids for p in prompts}) == 1, "prefixes differ"
+    rest = [prompt.ids[n_shared:] for prompt in prompts]
+    width = max(map(len, rest))
+    ids = torch.full((len(prompts), n_shared + width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, :n_shared] = torch.tensor(prompt.ids[:n_shared])
+        mask[row, :n_shared] = 1
+        ids[row, ids.shape[1] - len(rest[row]) :] = torch.tensor(rest[row])
+        mask[row, ids.shape[1] - len(rest[row]) :] = 1
+    return Batch(tuple(prompts), n_shared, ids.to(device), mask.to(device))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which prompts form a batch, and how it is laid out."""
+
+    rows: tuple[int, ...]
+    share_prefix: bool
+
+
+def plan_batches(
+    prompts: Sequence[Prompt], config: object, batch_size: int, max_new_tokens: int
+) -> list[Plan]:
+    """A deterministic partition of the prompts into batches of similar lengths.
+
+    Rows that share their prefix with at least a few others run from one prefix state; hybrid models
+    additionally need rows of one length, because padding would pass through their recurrent state.
+    """
+    hybrid, seen = is_hybrid(config), window(config)
+    groups: dict[object, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault((prompt.prefix_ids, len(prompt) if hybrid else None), []).append(row)
+    plans: list[Plan] = []
+    loners: list[int] = []
+    for rows in groups.values():
+        longest = max(len(prompts[row]) for row in rows) + max_new_tokens
+        share = hybrid or (len(rows) >= 4 and (seen is None or longest < seen))
+        if share:
+            plans += _split(rows, prompts, batch_size, share=True)
+        else:
+            loners += rows
+    return plans + _split(loners, prompts, batch_size, share=False)
+
+
+def _split(
+    rows: list[int], prompts: Sequence[Prompt], batch_size: int, *, share: bool
+) -> list[Plan]:
+    rows = sorted(rows, key=lambda row: (-len(prompts[row]), row))  # the largest batch first
+    return [
+        Plan(tuple(rows[start : start + batch_size]), share)
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+def auto_batch_size(side: Side, prompts: Sequence[Prompt], decoding: Decoding) -> int:
+    """Rows that fit in half of the free memory, at most 128.
+
+    A row costs its cache (three times: own, donor, and growth by concatenation) and its logits.
+    """
+    config = side.config
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = max(map(len, prompts)) + decoding.max_new_tokens
+    width = 2 * config.num_hidden_layers * n_kv_heads * d_head + 16 * config.hidden_size
+    row = decoding.samples * (3 * slots * width * side.dtype.itemsize + 12 * config.vocab_size)
+    if side.device.type == "cuda":
+        free = torch.cuda.mem_get_info(side.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return int(max(1, min(128, 0.5 * free // row)))
+
+
+@contextmanager
+def contiguous_head(module: nn.Module) -> Iterator[None]:
+    """Hand the output head a contiguous input.
+
+    A slice of the hidden states makes the head a batched product, which on CPU copies its weights
+    once per row and costs more than the rest of the model.
+    """
+    head = module.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Prefilled:
+    """A model that has read a batch: its cache, and the logits of each row's next token."""
+
+    cache: PatchCache
+    logits: Float[Tensor, "batch d_vocab"]
+    attention_mask: Int[Tensor, "batch slot"]
+    last_resid: Float[Tensor, "layer batch d_model"]
+    """Residual stream at the last prompt token, after each block but the last, in float32."""
+
+
+@torch.no_grad()
+def prefill(module: nn.Module, batch: Batch, cache: PatchCache, start: int) -> Prefilled:
+    """Run the batch's slots from ``start`` on (those before are in ``cache``)."""
+    with contiguous_head(module):
+        output = module(
+            **batch.part(start),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+    # hidden_states[0] is the embedding and the last one has been through the final norm.
+    resid = torch.stack([hidden[:, -1].float() for hidden in output.hidden_states[1:-1]])
+    return Prefilled(cache, output.logits[:, -1], batch.attention_mask, resid)
+
+
+@torch.no_grad()
+def run_through(
+    module: nn.Module, batch: Batch, cache: PatchCache, shift: Int[Tensor, " batch"] | None = None
+) -> None:
+    """Fill ``cache`` with a whole batch, its positions moved by ``shift``; no logits are wanted."""
+    inputs = batch.part(0)
+    if shift is not None:
+        inputs["position_ids"] = inputs["position_ids"] + shift[:, None]
+    with contiguous_head(module):
+        module(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(
+    module: nn.Module,
+    start: Prefilled,
+    decoding: Decoding,
+    row_names: Sequence[str],
+    end_ids: Sequence[int],
+    on_token: Callable[[int], None] = lambda n: None,
+) -> list[list[int]]:
+    """Continue every row; returns ``len(row_names) * samples`` answers, samples of a row together.
+
+    Args:
+        module: The model, active as the side that is decoded.
+        start: Its prefill; the cache is used up.
+        decoding: Length, temperature, samples, seed.
+        row_names: A name per row that seeds its draws, so that they do not depend on the batch.
+        end_ids: Tokens that end an answer (not part of it).
+        on_token: Called with the number of tokens made in each step.
+    """
+    n_samples = decoding.samples
+    cache, logits, mask = start.cache, start.logits, start.attention_mask
+    cache.overwrites = ()
+    position = mask.sum(-1)
+    if n_samples > 1:
+        rows = torch.arange(len(row_names), device=mask.device).repeat_interleave(n_samples)
+        select_rows(cache, rows)
+        logits, mask, position = logits[rows], mask[rows], position[rows]
+    draws = _uniforms(row_names, decoding)
+    answers: list[list[int]] = [[] for _ in range(len(logits))]
+    alive = torch.arange(len(logits))
+    ends = torch.tensor(sorted(end_ids))
+    for step in range(decoding.max_new_tokens):
+        token = choose(logits, decoding, None if draws is None else draws[alive, step]).cpu()
+        going = ~torch.isin(token, ends)
+        for row, chosen in zip(alive[going].tolist(), token[going].tolist(), strict=True):
+            answers[row].append(chosen)
+        on_token(int(going.sum()))
+        if step + 1 == decoding.max_new_tokens or not going.any():
+            break
+        if not going.all():
+            keep = going.nonzero().squeeze(1)
+            alive, token = alive[keep], token[keep]
+            keep = keep.to(mask.device)
+            select_rows(cache, keep)
+            mask, position = mask[keep], position[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = module(
+            input_ids=token[:, None].to(mask.device),
+            attention_mask=mask,
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        position = position + 1
+    return answers
+
+
+def choose(
+    logits: Float[Tensor, "batch d_vocab"], decoding: Decoding, uniform: Tensor | None
+) -> Int[Tensor, " batch"]:
+    """The next token of each row: the argmax, or the inverse distribution function at ``uniform``.
+
+    Tokens are ordered by probability, so ``top_p`` is a bound on the uniform number and a rounding
+    difference can only swap neighbours.
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    assert uniform is not None
+    probability, token = (logits.double() / decoding.temperature).softmax(-1).sort(-1, True, stable=True)
+    cumulative = probability.cumsum(-1)
+    # The nucleus is the smallest set whose mass reaches top_p: its own mass bounds the draw.
+    size = (cumulative < decoding.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
+    mass = cumulative.gather(1, size)
+    rank = torch.searchsorted(cumulative, uniform.to(cumulative)[:, None] * mass, right=True)
+    return token.gather(1, rank.clamp(max=size)).squeeze(1)
+
+
+def _uniforms(row_names: Sequence[str], decoding: Decoding) -> Tensor | None:
+    """One stream of draws per row and sample, seeded by the row's name."""
+    if decoding.temperature == 0:
+        return None
+    streams = []
+    for name in row_names:
+        for sample in range(decoding.samples):
+            key = f"{decoding.seed}/{name}/{sample}".encode()
+            seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+            stream = torch.Generator().manual_seed(seed)
+            streams.append(torch.rand(decoding.max_new_tokens, generator=stream, dtype=torch.double))
+    return torch.stack(streams)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether ``error`` says that memory ran out, on a GPU or in the CPU allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+

@@ -1,0 +1,170 @@
+"""Result records in and out: a run folder that survives being killed, and the files in it.
+
+``run.json`` holds the arguments that define the run, ``responses.jsonl`` one line per answer in the
+order they were made, ``checks.jsonl`` the manipulation checks. Records are appended one finished
+unit (a batch under a condition) at a time; on the next start, complete units are kept, anything
+after a broken line or of an unfinished unit is dropped, and the run goes on with the same plan.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from emmech.errors import RunError
+
+Record = dict[str, Any]
+RUN, CHOICES, RESPONSES, CHECKS, SUMMARY, REPORT = (
+    "run.json",
+    "choices.json",
+    "responses.jsonl",
+    "checks.jsonl",
+    "summary.json",
+    "report.html",
+)
+
+
+class RunFolder:
+    """An output folder that belongs to one set of arguments."""
+
+    def __init__(self, folder: str | Path, arguments: Mapping[str, Any], *, lines: bool = True):
+        """Open or create the folder; without ``lines`` it holds no responses.
+
+        Raises:
+            RunError: It cannot be written, or it holds a run with other arguments.
+        """
+        self.path = Path(folder)
+        self.arguments = json.loads(json.dumps(arguments))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN).exists():
+                write_json(self.path / RUN, self.arguments)
+            if lines:
+                with (self.path / RESPONSES).open("a"):  # writable, before any work
+                    pass
+        except OSError as error:
+            raise RunError(
+                f"a folder to write results in at '{folder}'",
+                f"it cannot be written ({error.strerror})",
+                "Choose another --out, or change its permissions",
+            ) from error
+        self._refuse_other_arguments()
+        self.records = _read_lines(self.path / RESPONSES)
+        self.checks = _read_lines(self.path / CHECKS)
+
+    def keep(self, complete: Iterable[Record], checks: Iterable[Record]) -> None:
+        """Drop every record but these, on disk too."""
+        self.records, self.checks = list(complete), list(checks)
+        for name, records in ((RESPONSES, self.records), (CHECKS, self.checks)):
+            _replace(self.path / name, "".join(map(_line, records)))
+
+    def remember(self, name: str, value: Any) -> Any:
+        """What was first stored under ``name`` in this folder: a choice that a restart repeats."""
+        path = self.path / CHOICES
+        choices = read_json(path) if path.exists() else {}
+        if name not in choices:
+            choices[name] = value
+            write_json(path, choices)
+        return choices[name]
+
+    def append(self, records: Sequence[Record], check: Record | None) -> None:
+        """Add one finished unit; it is on disk when this returns."""
+        if check is not None:
+            self.checks.append(check)
+            _append(self.path / CHECKS, _line(check))
+        self.records += records
+        _append(self.path / RESPONSES, "".join(map(_line, records)))
+
+    def _refuse_other_arguments(self) -> None:
+        try:
+            before = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunError(
+                f"a readable {RUN} in '{self.path}'", str(error), "Choose an empty folder"
+            ) from error
+        changed = sorted(
+            key
+            for key in before.keys() | self.arguments.keys()
+            if before.get(key) != self.arguments.get(key)
+        )
+        if changed:
+            first = changed[0]
+            raise RunError(
+                f"the run in '{self.path}' to have these arguments",
+                f"its {first} is {_short(before.get(first))}, not {_short(self.arguments.get(first))}"
+                + (f" (and {len(changed) - 1} more differ)" if changed[1:] else ""),
+                "Choose another --out, or delete that folder",
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    _replace(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in ``path``.
+
+    Raises:
+        RunError: There is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"JSON in '{path}'", str(error), "Point to a finished run folder") from error
+
+
+def read_responses(folder: str | Path) -> list[Record]:
+    """The answers of a run folder, whole lines only."""
+    return _read_lines(Path(folder) / RESPONSES)
+
+
+def versions() -> dict[str, str]:
+    """Versions of emmech and of what its numbers depend on."""
+    found = {}
+    for package in ("emmech", "torch", "transformers", "peft", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """Records up to the first line that is not whole."""
+    records: list[Record] = []
+    if not path.exists():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+    return records
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
