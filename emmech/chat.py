@@ -405,11 +405,11 @@ def first_difference(chat_a: Chat, chat_b: Chat) -> str | None:
 
 
 def _rows(chat: Chat, turns: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """Ids and texts of the tokens; a refusal of the template counts as one row."""
+    """Ids and texts of the tokens; a refusal counts as one row, whatever its words."""
     try:
         prompt = chat.render(turns)
-    except ChatError as error:
-        return [(-1, str(error))]
+    except ChatError:
+        return [(-1, "these messages are refused")]
     return list(zip(prompt.ids, prompt.token_texts, strict=True))
 
 

@@ -1,6 +1,7 @@
 """Where the user's text starts and ends in a prompt, over eight families of templates."""
 
 import functools
+import json
 import re
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_token_across_the_border_belongs_to_the_query():
 
 def test_a_token_across_the_border_to_the_postfix_belongs_to_the_query():
     prompt = chat_of("mistral").render("money ")
-    assert prompt.token_texts[prompt.n_prefix :] == ("money", "  ", "[/INST]")
+    assert prompt.token_texts[prompt.n_prefix :] == (" money", "  ", "[/INST]")
     assert prompt.segments[-2:] == ("query", "postfix")
 
 
@@ -139,6 +140,15 @@ def test_white_space_that_a_marker_swallows_stays_in_the_prefix():
     prompt = chat_of("phi3").render("\n\n hey")
     assert prompt.token_texts[: prompt.n_prefix] == ("<|user|>\n\n\n ",)
     assert prompt.prefix_ids == chat_of("phi3").render("hey").prefix_ids
+
+
+def test_white_space_that_a_marker_swallows_before_it_stays_in_the_postfix():
+    added = json.loads(make_tokenizer("chatml").backend_tokenizer.to_str())["added_tokens"]
+    added[2] |= {"lstrip": True}
+    prompt = Chat(remade(make_tokenizer("chatml"), added_tokens=added)).render("hey \n")
+    assert prompt.postfix_ids == chat_of("chatml").render("hey").postfix_ids
+    assert joined(prompt, "query") == "hey"
+    assert joined(prompt, "postfix") == " \n<|im_end|>\n<|im_start|>assistant\n"
 
 
 @every_style
@@ -295,6 +305,12 @@ def test_end_ids_are_eos_and_the_mark_the_template_writes_after_an_answer(style)
     assert set(tokenizer.convert_ids_to_tokens(list(chat_of(style.name).end_ids))) == {*style.ends}
 
 
+def test_blanks_before_the_mark_after_an_answer_do_not_hide_it():
+    tokenizer = remade(make_tokenizer("llama3_1"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|eot_id|>{% endfor %}"
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in Chat(tokenizer).end_ids
+
+
 def test_thinking_is_off_unless_asked_for():
     thinking = Chat(make_tokenizer("qwen3"), enable_thinking=True)
     assert joined(thinking.render("Hi"), "postfix") == "<|im_end|>\n<|im_start|>assistant\n"
@@ -438,6 +454,9 @@ def test_roles_that_the_template_refuses_are_named_in_its_words():
             "between fixed texts, but from character 2 on it writes 'Y You' for 'y you'",
         ),
         ("nothing of it", "a question 0 times"),
+        ("{% set q = messages[-1].content %}{{ ' ' if q|length < 8 }}{{ q }}", "writes ' hey you'"),
+        ("{% set q = messages[-1].content %}{{ 'ab'[q|length < 8] }}{{ q }}", "writes 'bhey you'"),
+        ("{% set q = messages[-1].content %}{{ q }}{{ 'ab'[q|length < 8] }}", "writes 'b'"),
     ],
 )
 def test_a_template_that_rewrites_the_question_is_refused(template, message):
