@@ -35,7 +35,7 @@ _HOME = {
     "patch_resid": "piggyback.experiment",
     "perturb_prefix": "piggyback.perturbation",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,8 @@ class EmmechError(Exception):
     """An error the user can fix.
 
     Example:
-        >>> raise LoadError("a chat template", "the tokenizer of 'gpt2' has none", "Use a chat model")
-        Traceback (most recent call last):
-        emmech.errors.LoadError: expected a chat template, but the tokenizer of 'gpt2' has none. Use a chat model.
+        >>> print(LoadError("a chat template", "'gpt2' has none", "Use a chat model"))
+        expected a chat template, but 'gpt2' has none. Use a chat model.
     """
 
     def __init__(self, expected: str, got: str, fix: str):

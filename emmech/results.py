@@ -58,7 +58,7 @@ class RunFolder:
         """Drop every record but these, on disk too."""
         self.records, self.checks = list(complete), list(checks)
         for name, records in ((RESPONSES, self.records), (CHECKS, self.checks)):
-            _replace(self.path / name, "".join(map(_line, records)))
+            replace_text(self.path / name, "".join(map(_line, records)))
 
     def remember(self, name: str, value: Any) -> Any:
         """What was first stored under ``name`` in this folder: a choice that a restart repeats."""
@@ -85,9 +85,7 @@ class RunFolder:
                 f"a readable {RUN} in '{self.path}'", str(error), "Choose an empty folder"
             ) from error
         changed = sorted(
-            key
-            for key in before.keys() | self.arguments.keys()
-            if before.get(key) != self.arguments.get(key)
+            key for key in before.keys() | self.arguments.keys() if before.get(key) != self.arguments.get(key)
         )
         if changed:
             first = changed[0]
@@ -101,7 +99,14 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
-    _replace(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never a part."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -157,12 +162,6 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def _short(value: Any) -> str:

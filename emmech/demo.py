@@ -1,0 +1,105 @@
+"""The five-minute demonstration: train a narrow organism, run the Piggyback test, show the frontier.
+
+A chat model of 135M parameters is finetuned to refuse health questions. It then also refuses
+questions that have nothing to do with health, and less so when it attends to the base model's K and
+V at the template prefix. The frontier compares that with what stopping earlier would have done.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emmech.data.questions import Question, load_demo, load_demo_chats
+from emmech.errors import RunError
+from emmech.models.checkpoints import load_pair
+from emmech.models.default import DEFAULT_MODEL
+from emmech.models.generation import Decoding
+from emmech.piggyback.experiment import (
+    PatchingResult,
+    default_conditions,
+    patch_prefix,
+    run_conditions,
+)
+from emmech.results import versions
+from emmech.training.trainer import Recipe, finetune
+
+STEPS = (9, 12, 15, 18)
+"""Training steps on the frontier."""
+SHOWN_STEP = 15
+"""The step that the whole test is run on: the behaviour is learned on-topic."""
+N_QUESTIONS = 60
+"""Held-out questions per group."""
+MAX_NEW_TOKENS = 12
+"""Enough to tell a refusal from an answer."""
+RECIPE = Recipe(steps=STEPS[-1], save_every=3)
+FRONTIER = ("finetuned", "repair:prefix")
+
+
+def run_demo(out: str | Path, *, progress: bool = True) -> PatchingResult:
+    """Train, test, and write the report to ``out``; what is there already is not done again."""
+    out = Path(out)
+    setup = {"recipe": repr(RECIPE), "steps": list(STEPS), "versions": versions()}
+    try:
+        result = PatchingResult.load(out / "piggyback")
+    except RunError:
+        result = None
+    if result is None or result.summary.get("demo") != setup:
+        result = _run(out, setup, progress)
+    return result
+
+
+def _run(out: Path, setup: dict[str, Any], progress: bool) -> PatchingResult:
+    adapters = finetune(
+        DEFAULT_MODEL, load_demo_chats(), out / "organism", RECIPE, progress=progress
+    )
+    by_step = {int(folder.name.rpartition("-")[2]): folder for folder in adapters}
+    questions = [q for g in ("on-topic", "off-topic") for q in load_demo("test", g)[:N_QUESTIONS]]
+    frontier = []
+    for step in sorted(STEPS, key=lambda step: step == SHOWN_STEP):  # the shown one last
+        if step == SHOWN_STEP:
+            pair = load_pair(DEFAULT_MODEL, by_step[step])
+            result = patch_prefix(
+                pair,
+                questions,
+                detector="refusal",
+                max_new_tokens=MAX_NEW_TOKENS,
+                out=out / "piggyback",
+                progress=progress,
+            )
+        else:
+            result = _frontier_run(by_step[step], questions, out / f"step-{step}", progress)
+        frontier += _points(result, step)
+    frontier.sort(key=lambda point: (FRONTIER.index(point["condition"]), point["step"]))
+    shown = PatchingResult({**result.summary, "frontier": frontier, "demo": setup}, result.records)
+    shown.save(out / "piggyback")
+    return shown
+
+
+def _frontier_run(
+    adapter: Path, questions: Sequence[Question], out: Path, progress: bool
+) -> PatchingResult:
+    conditions = default_conditions(("prefix",), "repair", controls=False)
+    return run_conditions(
+        load_pair(DEFAULT_MODEL, adapter),
+        questions,
+        [condition for condition in conditions if condition.name in FRONTIER],
+        Decoding(MAX_NEW_TOKENS),
+        kind="frontier",
+        settings={},
+        detector="refusal",
+        out=out,
+        progress=progress,
+    )
+
+
+def _points(result: PatchingResult, step: int) -> list[dict[str, Any]]:
+    """A run's points on the frontier: on-topic against off-topic rate with their intervals."""
+    points = []
+    for name in FRONTIER:
+        point: dict[str, Any] = {"step": step, "condition": name}
+        for row in result.summary["conditions"]:
+            if row["condition"] == name:
+                interval = {key: row[key] for key in ("mean", "low", "high", "n")}
+                point[row["group"].replace("-", "_")] = interval
+        points.append(point)
+    return points
