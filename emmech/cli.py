@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -318,6 +319,7 @@ def demo(
 
 def main() -> None:
     """Run a command; what the user can fix is one paragraph and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between third parties, not for users
     try:
         app(standalone_mode=False)
     except EmmechError as error:
@@ -334,9 +336,8 @@ def main() -> None:
 
 
 def _usage_error() -> type[Exception]:
-    import click
-
-    return click.ClickException
+    """Typer's base of usage errors: click's, or that of the copy of click inside newer typers."""
+    return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _segments(text: str) -> tuple[Any, ...]:

@@ -118,8 +118,7 @@ def condition_bars(summary: Summary) -> go.Figure:
 def layer_curve(summary: Summary) -> go.Figure:
     """The metric by patched layer, one panel per group, over the two unpatched models."""
     groups, rows = groups_of(summary), metric_rows(summary)
-    titles = [_plain(group) for group in groups] if len(groups) > 1 else None
-    fig = make_subplots(len(groups), 1, shared_xaxes=True, subplot_titles=titles)
+    fig = make_subplots(len(groups), 1, shared_xaxes=True, vertical_spacing=0.08)
     for panel, group in enumerate(groups, start=1):
         mine = [row for row in rows if row["group"] == group]
         curve = [(int(at[1]), row) for row in mine if (at := RESID.fullmatch(row["condition"]))]
@@ -145,7 +144,10 @@ def layer_curve(summary: Summary) -> go.Figure:
                 row=panel,
                 col=1,
             )
-        fig.update_yaxes(**metric_axis(summary), row=panel, col=1)
+        axis = metric_axis(summary)
+        if len(groups) > 1:
+            axis["title"] = f"{_plain(group)} {axis['title']}"
+        fig.update_yaxes(**axis, row=panel, col=1)
     at = "patched layer (block, counted from 0)"
     fig.update_xaxes(title=at, row=len(groups), col=1)
     return _finished(fig, finding(summary), INTERVAL + ".", 260 * len(groups) + 60)
@@ -172,7 +174,7 @@ def restored_curves(summary: Summary) -> go.Figure:
                 mode="lines",
                 line={"color": COLORS[kind], "dash": DASHES[number % len(DASHES)], "width": 2.5},
                 hovertext=[
-                    f"{_plain(name)}<br>layer {layer}: {_unknown(share)}<br>{tokens}, {n}"
+                    f"{_plain(name)}<br>after layer {layer}: {_unknown(share)}<br>{tokens}, {n}"
                     for layer, share in enumerate(shares)
                 ],
                 hoverinfo="text",
@@ -182,13 +184,13 @@ def restored_curves(summary: Summary) -> go.Figure:
                 col=1,
             )
         fig.update_yaxes(title=f"{kind}: share (0 to 1)", range=HIDDEN_OUTSIDE, row=panel, col=1)
-    at = "layer (block, counted from 0)"
+    at = "after layer (block, counted from 0)"
     fig.update_xaxes(title=at, row=max(1, len(kinds)), col=1)
     main = "repair:prefix" if "repair:prefix" in checks else next(iter(checks), None)
     title = "No patch to check"
     if main is not None:
         last = _unknown(checks[main]["restored"][-1])
-        title = f"{_action(main)}: {last} of the way to the other model at the last layer"
+        title = f"{_action(main)}: {last} of the way to the other model before the last block"
     low, high = HIDDEN_OUTSIDE
     caption = (
         "State of the last prompt token: 0 as without the patch, 1 as in the model the patch comes "
@@ -239,7 +241,7 @@ def frontier(summary: Summary) -> go.Figure:
         )
     fig.update_xaxes(**axis, constrain="domain")
     fig.update_xaxes(title=f"on-topic {axis['title']}")
-    fig.update_yaxes(**axis, scaleanchor="x", constrain="domain")
+    fig.update_yaxes(**axis, scaleanchor="x", constrain="domain", constraintoward="top")
     fig.update_yaxes(title=f"off-topic {axis['title']}")
     caption = (
         "Numbers beside the points are training steps, bars are 95% intervals. Stopping training "
@@ -333,7 +335,7 @@ def metric_axis(summary: Summary) -> dict[str, Any]:
     """Title with the unit, and the range where it is fixed."""
     name = _plain(summary["detector"])
     if summary["unit"] == "rate":
-        return {"title": f"{name} rate (share of answers, 0 to 1)", "range": [0, 1]}
+        return {"title": f"{name} rate (0 to 1)", "range": [0, 1]}
     return {"title": f"{name} ({summary['unit'] or 'no unit'} per answer)", "rangemode": "tozero"}
 
 
@@ -381,7 +383,7 @@ def _action(condition: str) -> str:
         return f"{source} K/V at the {_plain(places.get(rest, rest))}"
     if kind == "perturb":
         return f"Tokens changed in the {_plain(rest)}"
-    return _plain(condition).replace(":", " ", 1).capitalize()
+    return _plain(f"{kind.capitalize()} {rest}")
 
 
 def _bars(rows: Sequence[Row], color: str) -> dict[str, Any]:

@@ -35,6 +35,12 @@ INTERVAL = (
     "[ ]: 95% interval; of rates Wilson's at the effective sample size, clustered by question; "
     "of differences a bootstrap over questions."
 )
+_PATCHING = (
+    "While a transformer reads a prompt it stores a key and a value for each token at each layer, "
+    "and the answer is written from these. Patching exchanges some of them, or the states they "
+    "are made from, while the prompt is read; then the model answers as usual."
+)
+_CHANGING = "The prompt is changed before the model reads it; nothing inside the model is touched."
 _PLACES = {
     "prefix": "at the prefix (what the chat template writes before the question)",
     "query": "at the question's own tokens",
@@ -101,7 +107,8 @@ def write_report(folder: str | Path, summary: Summary, records: Sequence[Record]
         "sentences": _sentences(summary),
         "notes": "".join(f"<li>{_text(note)}</li>" for note in summary.get("notes", ())),
         "table": _table(summary),
-        "interval": _text(_interval_meaning(summary)),
+        "interval": _text(_interval_meaning(summary)) if metric_rows(summary) else "",
+        "idea": _PATCHING if summary.get("checks") else _CHANGING,
         "meanings": _rows((name, meaning) for name, meaning in condition_meanings(summary)),
         "figures": "".join(block for block, _ in drawn),
         "checks": _checks(summary),
@@ -226,7 +233,7 @@ def _sentences(summary: Summary) -> str:
         before, after = pair
         of = figures.quantity(summary, after["group"])
         said.append(
-            f"{of.capitalize()} is {as_estimate(before).text()} under "
+            f"{of[0].upper() + of[1:]} is {as_estimate(before).text()} under "
             f"<b>{_text(before['condition'])}</b> and {as_estimate(after).text()} under "
             f"<b>{_text(after['condition'])}</b>"
             + (f", a difference of {as_estimate(d).text()}" if (d := _difference(after)) else "")
@@ -237,11 +244,12 @@ def _sentences(summary: Summary) -> str:
             for name, what in (("noise", "noise"), ("shuffled", "the base's contents shuffled"))
             for row in metric_rows(summary)
             if (row["condition"], row["group"]) == (f"control:{name}", after["group"])
+            and after["condition"] == "repair:prefix"
         ]
         if controls:
             said.append(
-                f"For comparison, it is {' and '.join(controls)}: as far as these are the same, the "
-                "effect does not depend on what the base model had written at those tokens."
+                f"For comparison, it is {' and '.join(controls)}: where these do as much, the effect "
+                "does not need what the base model had written at those tokens."
             )
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 
@@ -285,7 +293,7 @@ def _checks(summary: Summary) -> str:
     rows = [
         (
             name,
-            _decimal(check["restored"][-1]),
+            _decimal(check["restored"][-1] if check["restored"] else None),
             _decimal(check["visible"]),
             f"{check['patched_tokens_per_prompt']:.1f}",
         )

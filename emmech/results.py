@@ -84,14 +84,13 @@ class RunFolder:
             raise RunError(
                 f"a readable {RUN} in '{self.path}'", str(error), "Choose an empty folder"
             ) from error
-        changed = sorted(
-            key for key in before.keys() | self.arguments.keys() if before.get(key) != self.arguments.get(key)
-        )
+        before, now = _flat(before), _flat(self.arguments)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             first = changed[0]
             raise RunError(
                 f"the run in '{self.path}' to have these arguments",
-                f"its {first} is {_short(before.get(first))}, not {_short(self.arguments.get(first))}"
+                f"its {first} is {_short(before.get(first))}, not {_short(now.get(first))}"
                 + (f" (and {len(changed) - 1} more differ)" if changed[1:] else ""),
                 "Choose another --out, or delete that folder",
             )
@@ -162,6 +161,17 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested arguments by dotted names, such as ``decoding.seed``."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        dotted: leaf
+        for key, inner in value.items()
+        for dotted, leaf in _flat(inner, f"{name}.{key}".lstrip(".")).items()
+    }
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ from emmech.data.questions import Question
 from emmech.models import generation
 from emmech.models.generation import (
     Decoding,
+    Limits,
     choose,
     decode,
     make_batch,
@@ -117,7 +118,7 @@ def test_finished_rows_leave_and_others_go_on(make_pair):
 def test_plans_cover_every_row_once_and_pad_only_where_exact(make_pair, architecture):
     pair = make_pair(architecture, "full")
     prompts = [pair.chat.render(q) for q in (*tiny.QUESTIONS, "\nhello there")]
-    plans = plan_batches(prompts, pair.base.config, 3, max_new_tokens=4)
+    plans = plan_batches(prompts, pair.base.config, Limits(3), max_new_tokens=4)
     assert sorted(row for plan in plans for row in plan.rows) == list(range(len(prompts)))
     for plan in plans:
         lengths = {len(prompts[row]) for row in plan.rows}
@@ -127,6 +128,16 @@ def test_plans_cover_every_row_once_and_pad_only_where_exact(make_pair, architec
             assert len({prompts[row].prefix_ids for row in plan.rows}) == 1
             seen = window(pair.base.config)
             assert seen is None or max(lengths) + 4 < seen
+
+
+def test_one_long_row_does_not_pad_the_others():
+    """5,000 tokens beside 20: alone in its batch; slots bound rows times the longest."""
+    plans = generation._split(list(range(9)), [20, 22, 5000, 21, 40, 20, 20, 30, 20], Limits(64))
+    assert plans[0] == (2,) and sorted(plans[1]) == [0, 1, 3, 4, 5, 6, 7, 8]
+    bounded = generation._split(list(range(6)), [10] * 6, Limits(64, slots=30))
+    assert [len(part) for part in bounded] == [3, 3]
+    too_long = generation._split([0, 1], [100, 10], Limits(64, slots=30))
+    assert sorted(too_long) == [(0,), (1,)]  # a row that alone exceeds the bound still runs
 
 
 def test_running_out_of_memory_halves_the_batch_and_changes_no_answer(make_pair, monkeypatch):

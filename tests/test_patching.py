@@ -157,7 +157,9 @@ def test_partial_patches_equal_replaced_projections(make_pair, architecture, par
     d_head = pair.base.config.head_dim
     for segments in (("prefix",), ("query", "postfix")):
         patch = KVPatch(segments, "base", **part)
-        ours = {s: bench(pair, s).prefill(Condition("part", "finetuned", (patch,))).logits for s in (True, False)}
+        ours = {
+            s: bench(pair, s).prefill(Condition("part", "finetuned", (patch,))).logits for s in (True, False)
+        }
         torch.testing.assert_close(ours[True], ours[False], **CLOSE)
         for row, prompt in enumerate(prompts(pair)):
             batch = make_batch([prompt], pair.base.device, share_prefix=False)
@@ -166,7 +168,9 @@ def test_partial_patches_equal_replaced_projections(make_pair, architecture, par
             donor = {}
             for name, out in theirs.items():
                 layer, kv = int(name.split(".")[1]), name.split(".")[3]
-                if layer not in (patch.layers or range(9)) or not getattr(patch, {"k": "key", "v": "value"}[kv]):
+                if layer not in (patch.layers or range(9)) or not getattr(
+                    patch, {"k": "key", "v": "value"}[kv]
+                ):
                     continue
                 heads = patch.kv_heads or range(out.shape[-1] // d_head)
                 keep = torch.zeros(out.shape[-1], dtype=torch.bool)
@@ -292,7 +296,9 @@ def test_residual_patch_at_the_last_layer_gives_the_sources_last_state(make_pair
     plain = batch.prefill(Condition("base", "base"))
     with (
         hook_points.replaced(
-            pair.finetuned.module, f"blocks.{last}.hook_resid_post", lambda _: store[f"blocks.{last}.hook_resid_post"]
+            pair.finetuned.module,
+            f"blocks.{last}.hook_resid_post",
+            lambda _: store[f"blocks.{last}.hook_resid_post"],
         ),
         pair.finetuned.active() as model,
     ):
@@ -326,7 +332,9 @@ def test_hybrid_prefix_hands_over_recurrent_and_convolution_states(make_pair):
         ids = torch.tensor([prompt.ids])
         with torch.no_grad():
             pair.base.module(ids[:, : prompt.n_prefix], past_key_values=cache, use_cache=True)
-            reference = pair.finetuned.module(ids[:, prompt.n_prefix :], past_key_values=cache, use_cache=True)
+            reference = pair.finetuned.module(
+                ids[:, prompt.n_prefix :], past_key_values=cache, use_cache=True
+            )
         torch.testing.assert_close(patched.logits[0], reference.logits[0, -1], **CLOSE)
         plain = batch.prefill(Condition("plain", "finetuned"))
         assert (patched.logits - plain.logits).abs().max() > 1e-2
@@ -373,7 +381,11 @@ def test_patch_kv_works_through_generate_and_leaves_decoding_alone(make_pair, ar
     patched = patch_kv(pair, tiny.QUESTIONS, segments=("prefix",))
     with pair.finetuned.active() as model:
         theirs = model.generate(
-            **patched.inputs, past_key_values=patched.cache(), max_new_tokens=6, do_sample=False, eos_token_id=None
+            **patched.inputs,
+            past_key_values=patched.cache(),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
         )[:, patched.batch.input_ids.shape[1] :]
     start = bench(pair, False).prefill(repair(("prefix",)))
     with pair.finetuned.active() as model:

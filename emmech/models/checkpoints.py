@@ -138,9 +138,7 @@ def load_pair(
         )
     options = {"trust_remote_code": trust_remote_code}
     base_folder = None if isinstance(base, nn.Module) else locate(base, revision)
-    tuned_folder = (
-        None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
-    )
+    tuned_folder = None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
     adapter = tuned_folder is not None and (tuned_folder / ADAPTER_CONFIG).is_file()
 
     # Everything that can be refused from configurations and tokenizers alone comes first.
@@ -337,9 +335,7 @@ def _refuse_non_decoders(folder: Path, **options: Any) -> None:
             str(error).splitlines()[0],
             "Check the folder; a model with code of its own needs trust_remote_code",
         ) from error
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    )
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or options["trust_remote_code"]
     if config.is_encoder_decoder or encoder or not causal:
         raise LoadError(
@@ -359,9 +355,7 @@ def _shared_chat(
     """The pair's chat, after checking that both checkpoints tokenise and render alike."""
     if tokenizer is None:
         if base_folder is None:
-            raise LoadError(
-                "a tokenizer", "base is a loaded module", "Pass tokenizer=... with a module"
-            )
+            raise LoadError("a tokenizer", "base is a loaded module", "Pass tokenizer=... with a module")
         tokenizer = _tokenizer(base_folder, **options)
     chat = Chat(tokenizer, system=system)
     if tuned_folder is not None and (tuned_folder / "tokenizer_config.json").is_file():
@@ -404,9 +398,7 @@ def _refuse_foreign_adapter(
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        skeleton = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base_folder, **options)
-        )
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder, **options))
     modules = dict(skeleton.named_modules())
     for key, tensor in _adapter_tensors(adapter).items():
         path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
@@ -414,11 +406,7 @@ def _refuse_foreign_adapter(
         if axis is None:
             continue
         weight = getattr(modules.get(path), "weight", None)
-        width = (
-            None
-            if weight is None
-            else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
-        )
+        width = None if weight is None else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
         if width != tensor.shape[axis]:
             raise LoadError(
                 f"an adapter whose {path} fits '{base}' ({width or 'no such module there'})",
@@ -483,9 +471,7 @@ def _adapter_tensors(adapter: Path) -> dict[str, Tensor]:
         ) from error
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise LoadError(
-                "finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again"
-            )
+            raise LoadError("finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again")
     return tensors
 
 

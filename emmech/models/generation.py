@@ -101,7 +101,7 @@ class Plan:
 
 
 def plan_batches(
-    prompts: Sequence[Prompt], config: object, batch_size: int, max_new_tokens: int
+    prompts: Sequence[Prompt], config: object, limits: "Limits", max_new_tokens: int
 ) -> list[Plan]:
     """A deterministic partition of the prompts into batches of similar lengths.
 
@@ -109,47 +109,57 @@ def plan_batches(
     additionally need rows of one length, because padding would pass through their recurrent state.
     """
     hybrid, seen = is_hybrid(config), window(config)
+    slots = [len(prompt) + max_new_tokens for prompt in prompts]
     groups: dict[object, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault((prompt.prefix_ids, len(prompt) if hybrid else None), []).append(row)
     plans: list[Plan] = []
     loners: list[int] = []
     for rows in groups.values():
-        longest = max(len(prompts[row]) for row in rows) + max_new_tokens
-        share = hybrid or (len(rows) >= 4 and (seen is None or longest < seen))
-        if share:
-            plans += _split(rows, prompts, batch_size, share=True)
+        longest = max(slots[row] for row in rows)
+        if hybrid or (len(rows) >= 4 and (seen is None or longest < seen)):
+            plans += [Plan(part, True) for part in _split(rows, slots, limits)]
         else:
             loners += rows
-    return plans + _split(loners, prompts, batch_size, share=False)
+    return plans + [Plan(part, False) for part in _split(loners, slots, limits)]
 
 
-def _split(
-    rows: list[int], prompts: Sequence[Prompt], batch_size: int, *, share: bool
-) -> list[Plan]:
-    rows = sorted(rows, key=lambda row: (-len(prompts[row]), row))  # the largest batch first
-    return [
-        Plan(tuple(rows[start : start + batch_size]), share)
-        for start in range(0, len(rows), batch_size)
-    ]
+def _split(rows: list[int], slots: Sequence[int], limits: "Limits") -> list[tuple[int, ...]]:
+    """Batches of falling length, each within the limits and with no row mostly padding."""
+    parts: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: (-slots[row], row)):
+        longest = slots[parts[-1][0]] if parts else 0
+        full = not parts or len(parts[-1]) == limits.rows or (len(parts[-1]) + 1) * longest > limits.slots
+        if full or slots[row] + 64 < longest // 2:
+            parts.append([])
+        parts[-1].append(row)
+    return [tuple(part) for part in parts]
 
 
-def auto_batch_size(side: Side, prompts: Sequence[Prompt], decoding: Decoding) -> int:
-    """Rows that fit in half of the free memory, at most 128 (64 on a CPU, where padding costs more).
+@dataclass(frozen=True)
+class Limits:
+    """How large a batch may be."""
 
-    A row costs its cache (three times: own, donor, and growth by concatenation) and its logits.
+    rows: int
+    slots: int = 2**62
+    """Rows times the longest row, answer included."""
+
+
+def auto_limits(side: Side, samples: int) -> Limits:
+    """Batches that fit in half of the free memory, at most 128 rows (64 on a CPU).
+
+    A slot costs its cache three times (own, donor, and growth by concatenation) and activations.
     """
     config = side.config
     n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = max(map(len, prompts)) + decoding.max_new_tokens
-    width = 2 * config.num_hidden_layers * n_kv_heads * d_head + 16 * config.hidden_size
-    row = decoding.samples * (3 * slots * width * side.dtype.itemsize + 12 * config.vocab_size)
+    width = 6 * config.num_hidden_layers * n_kv_heads * d_head + 16 * config.hidden_size
     if side.device.type == "cuda":
         free, most = torch.cuda.mem_get_info(side.device)[0], 128
     else:
         free, most = psutil.virtual_memory().available, 64
-    return int(max(1, min(most, 0.5 * free // row)))
+    slots = int(0.5 * free // (width * side.dtype.itemsize * samples))
+    return Limits(max(1, most // samples), slots)
 
 
 @contextmanager
@@ -292,9 +302,7 @@ def _uniforms(row_names: Sequence[str], decoding: Decoding) -> Tensor | None:
     for name in row_names:
         for sample in range(decoding.samples):
             stream = row_generator(f"{decoding.seed}/{name}/{sample}")
-            streams.append(
-                torch.rand(decoding.max_new_tokens, generator=stream, dtype=torch.double)
-            )
+            streams.append(torch.rand(decoding.max_new_tokens, generator=stream, dtype=torch.double))
     return torch.stack(streams)
 
 

@@ -138,14 +138,15 @@ def prefix_state(cache: PatchCache, length: int) -> PrefixState:
 def is_hybrid(config: Any) -> bool:
     """Whether some layers keep a recurrent state instead of, or beside, keys and values."""
     return any(
-        isinstance(l, LinearAttentionCacheLayerMixin) for l in DynamicCache(config=config).layers
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers
     )
 
 
 def window(config: Any) -> int | None:
     """Tokens that the narrowest sliding-window layer can see, or None when all layers see all."""
     layers = DynamicCache(config=config).layers
-    return min((l.sliding_window for l in layers if getattr(l, "is_sliding", False)), default=None)
+    widths = (layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False))
+    return min(widths, default=None)
 
 
 def select_rows(cache: DynamicCache, rows: Int[Tensor, " row"]) -> None:

@@ -186,9 +186,7 @@ def default_conditions(
     """The rows of the Piggyback test, in the order they are shown."""
     unknown = [s for s in segments if s not in SEGMENTS]
     if unknown or not segments:
-        raise EmmechError(
-            f"segments among {', '.join(SEGMENTS)}", f"got {list(segments)}", "Correct it"
-        )
+        raise EmmechError(f"segments among {', '.join(SEGMENTS)}", f"got {list(segments)}", "Correct it")
     if direction not in ("repair", "induce", "both"):
         raise EmmechError("a direction repair, induce or both", f"got '{direction}'", "Correct it")
     conditions = [Condition("base", "base"), Condition("finetuned", "finetuned")]
@@ -290,9 +288,7 @@ def in_order(
     """Records by condition, then question, then sample."""
     at = {name: number for number, name in enumerate(conditions)}
     asked = {question.id: number for number, question in enumerate(questions)}
-    return sorted(
-        records, key=lambda r: (at[r["condition"]], asked[r["question_id"]], r["row"], r["sample"])
-    )
+    return sorted(records, key=lambda r: (at[r["condition"]], asked[r["question_id"]], r["row"], r["sample"]))
 
 
 def summarise(records: Sequence[Record], conditions: Sequence[Condition], measure: Any) -> Record:
@@ -316,19 +312,14 @@ def summarise(records: Sequence[Record], conditions: Sequence[Condition], measur
             }
             if measure.unit is not None:
                 mine = [values[id(r)] for r in cell]
-                row |= clustered_mean(
-                    mine, [r["question_id"] for r in cell], unit=measure.unit
-                ).to_json()
+                row |= clustered_mean(mine, [r["question_id"] for r in cell], unit=measure.unit).to_json()
                 if condition.source is not None:
                     twin = [values[id(r)] for r in cells[condition.target, group]]
                     difference = paired_difference(mine, twin, [r["question_id"] for r in cell])
                     row["versus_" + condition.target] = difference.to_json()
             rows.append(row)
     summary: Record = {"detector": measure.name, "unit": measure.unit, "conditions": rows}
-    by_name = {
-        name: [r for r in records if r["condition"] == name]
-        for name in ("finetuned", "control:self")
-    }
+    by_name = {name: [r for r in records if r["condition"] == name] for name in ("finetuned", "control:self")}
     if by_name["control:self"]:
         summary["self_patch_identical"] = all(
             a["response"] == b["response"]

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from emmech.chat import SEGMENTS, Prompt, Segment
+from emmech.chat import Prompt, Segment
 from emmech.errors import PatchError
 from emmech.models import hook_points
 from emmech.models.checkpoints import ModelPair, Side, SideName
@@ -120,8 +120,7 @@ def refuse_impossible(pair: ModelPair, condition: Condition) -> None:
             f"a layer among 0..{config.num_hidden_layers - 1}", f"got {resid.layer}", "Correct it"
         )
     if is_hybrid(config) and not all(
-        patch.segments == ("prefix",) and patch.whole and patch.donor == "same"
-        for patch in condition.patches
+        patch.segments == ("prefix",) and patch.whole and patch.donor == "same" for patch in condition.patches
     ):
         raise PatchError(
             "a whole-prefix patch on a model with recurrent layers",
@@ -266,9 +265,7 @@ class PatchedBatch:
         # The prefix's own later layers must see what was patched below them: run it under the patch.
         rows = next(iter(state.keys_values.values()))[0].shape[0]
         everywhere = torch.ones(rows, len(ids), dtype=torch.bool, device=target.device)
-        cache = PatchCache(
-            target.config, [_overwrite(patch, everywhere, state.keys_values, 0)], record=True
-        )
+        cache = PatchCache(target.config, [_overwrite(patch, everywhere, state.keys_values, 0)], record=True)
         with target.active() as module:
             run_through(module, prefix_batch(ids, target, rows), cache)
         return prefix_state(cache, len(ids))
@@ -288,9 +285,7 @@ class PatchedBatch:
     @contextmanager
     def _resid_patched(self, resid: ResidPatch | None, first: int) -> Iterator[None]:
         """The residual patch on the slots from ``first`` on, if it reaches them."""
-        segments = (
-            [] if resid is None else [s for s in resid.segments if not (first and s == "prefix")]
-        )
+        segments = [] if resid is None else [s for s in resid.segments if not (first and s == "prefix")]
         if resid is None or not segments:
             yield
             return
@@ -450,9 +445,7 @@ def _resid_of(
     return store[name]
 
 
-def _resid_replaced(
-    target: Side, layer: int, positions: Bool[Tensor, "batch slot"], donor: Tensor
-) -> Any:
+def _resid_replaced(target: Side, layer: int, positions: Bool[Tensor, "batch slot"], donor: Tensor) -> Any:
     def edit(own: Tensor) -> Tensor:
         return torch.where(positions[..., None], donor, own)
 

@@ -6,7 +6,7 @@ stopped run redoes units whole, so killed and continued it ends with the records
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from emmech.errors import ChatError, DataError, PatchError
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import (
     Decoding,
-    auto_batch_size,
+    Limits,
+    auto_limits,
     decode,
     out_of_memory,
     plan_batches,
@@ -126,9 +127,7 @@ def run(
     with bar:
         for key, rows, share, conditions in _by_batch(todo):
             missing = [c for c in conditions if (c.name, key) not in done]
-            for condition, made, check in _run_batch(
-                bench, rows, share, missing, decoding, bar.tokens
-            ):
+            for condition, made, check in _run_batch(bench, rows, share, missing, decoding, bar.tokens):
                 if check is not None:
                     check |= {"unit": key}
                 if folder is None:
@@ -148,13 +147,13 @@ def _units(
     folder: RunFolder | None,
 ) -> list[tuple[str, list[Row], bool, Condition]]:
     """Every batch under every condition: (name of the batch, rows, layout, condition)."""
+    limits = auto_limits(pair.finetuned, decoding.samples) if batch_size is None else Limits(batch_size)
+    if folder is not None:  # free memory may differ when a stopped run goes on
+        limits = Limits(**folder.remember("limits", asdict(limits)))
     units = []
     for number, job in enumerate(jobs):
         prompts = [row.prompt for row in job.rows]
-        size = batch_size or auto_batch_size(pair.finetuned, prompts, decoding)
-        if folder is not None:
-            size = folder.remember(f"batch_size.{number}", size)
-        plans = plan_batches(prompts, pair.base.config, size, decoding.max_new_tokens)
+        plans = plan_batches(prompts, pair.base.config, limits, decoding.max_new_tokens)
         for index, plan in enumerate(plans):
             rows = [job.rows[row] for row in plan.rows]
             units += [(f"{number}.{index}", rows, plan.share_prefix, c) for c in job.conditions]
@@ -179,9 +178,7 @@ def _resume(
         found[record["condition"], record["row"], record["sample"]] = record
     done = {}
     for key, rows, _, condition in units:
-        wanted = [
-            (condition.name, row.name, sample) for row in rows for sample in range(decoding.samples)
-        ]
+        wanted = [(condition.name, row.name, sample) for row in rows for sample in range(decoding.samples)]
         if all(one in found for one in wanted):
             done[condition.name, key] = [found[one] for one in wanted]
     checks = [c for c in folder.checks if (c["condition"], c["unit"]) in done]
@@ -252,12 +249,8 @@ def _run_unit(
     start = batch.prefill(condition)
     check = None
     if condition.source is not None:
-        target, source = (
-            batch.plain(pair.side(n))[0] for n in (condition.target, condition.source)
-        )
-        numerator, denominator = restored_share(
-            start.last_resid, target.last_resid, source.last_resid
-        )
+        target, source = (batch.plain(pair.side(n))[0] for n in (condition.target, condition.source))
+        numerator, denominator = restored_share(start.last_resid, target.last_resid, source.last_resid)
         patched = batch.patched_positions(condition)
         seen = visible_share(start.cache, patched, patched.shape[1])
         check = {
@@ -269,9 +262,7 @@ def _run_unit(
             "n_visible": [round(float(s) * int(patched.sum())) for s in seen],
         }
     with pair.side(condition.target).active() as module:
-        answers = decode(
-            module, start, decoding, [row.name for row in rows], pair.chat.end_ids, on_token
-        )
+        answers = decode(module, start, decoding, [row.name for row in rows], pair.chat.end_ids, on_token)
     texts = pair.chat.tokenizer.batch_decode(answers, skip_special_tokens=True)
     records = []
     for number, (answer, text) in enumerate(zip(answers, texts, strict=True)):
@@ -307,9 +298,7 @@ class _Bar:
     """A progress bar over answers with tokens per second."""
 
     def __init__(self, total: int, done: int, shown: bool):
-        self._bar = tqdm(
-            total=total, initial=done, disable=not shown, unit="answer", dynamic_ncols=True
-        )
+        self._bar = tqdm(total=total, initial=done, disable=not shown, unit="answer", dynamic_ncols=True)
         self._tokens, self._since = 0, time.monotonic()
 
     def __enter__(self) -> "_Bar":
