@@ -52,14 +52,10 @@ Questions = Annotated[
     Path,
     typer.Option(help="JSONL, JSON, YAML, CSV or plain lines; an optional 'group' splits tables."),
 ]
-Out = Annotated[
-    Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")
-]
+Out = Annotated[Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")]
 Detector = Annotated[
     str,
-    typer.Option(
-        help="refusal, abstention, tool_call, contains:TEXT, regex:PATTERN, length or none."
-    ),
+    typer.Option(help="refusal, abstention, tool_call, contains:TEXT, regex:PATTERN, length or none."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling and of the random controls.")]
@@ -96,12 +92,10 @@ def tokens(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show a prompt's tokens, labelled prefix, query and postfix."""
-    from transformers import AutoTokenizer
-
     from emmech.chat import DEFAULT, Chat
-    from emmech.models.checkpoints import locate
+    from emmech.models.checkpoints import load_tokenizer, locate
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(base), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(locate(base), trust_remote_code=trust_remote_code)
     chat = Chat(tokenizer, system=DEFAULT if system is None else system)
     if as_json:
         typer.echo(json.dumps(chat.render(question).as_records(), ensure_ascii=False))
@@ -321,18 +315,18 @@ def main() -> None:
     """Run a command; what the user can fix is one paragraph and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # between third parties, not for users
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0  # typer returns what it makes of Exit and Ctrl-C
     except EmmechError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg="red")
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("Stopped. Start again with the same arguments to go on.", err=True)
-        sys.exit(130)
+        code = 130
     except _usage_error() as error:
         error.show()
         sys.exit(2)
+    if code == 130:
+        typer.echo("Stopped. Start again with the same arguments to go on.", err=True)
+    sys.exit(code)
 
 
 def _usage_error() -> type[Exception]:
@@ -345,9 +339,7 @@ def _segments(text: str) -> tuple[Any, ...]:
 
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
     if not chosen or not set(chosen) <= set(SEGMENTS):
-        raise EmmechError(
-            f"segments among {', '.join(SEGMENTS)}", f"got '{text}'", "Correct --segments"
-        )
+        raise EmmechError(f"segments among {', '.join(SEGMENTS)}", f"got '{text}'", "Correct --segments")
     return chosen
 
 
@@ -355,9 +347,7 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise EmmechError(
-            "comma-separated layers", f"got '{text}'", "Write --layers 0,5,10"
-        ) from error
+        raise EmmechError("comma-separated layers", f"got '{text}'", "Write --layers 0,5,10") from error
 
 
 def _check(detector: str) -> None:
@@ -403,9 +393,7 @@ def _load(
 def _peak_memory() -> str:
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"{peak / 2**30:.2f} GiB resident"
 
 

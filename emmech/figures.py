@@ -67,6 +67,7 @@ HOUSE = go.layout.Template(
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
         "margin": {"l": 8, "r": 16, "b": 8},
         "hoverlabel": {"align": "left"},
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)"},
     }
 )
 
@@ -100,7 +101,7 @@ def condition_bars(summary: Summary) -> go.Figure:
         if best := [row for row in mine if row.get("best")]:
             fig.add_scatter(
                 x=[row["best"]["mean"] for row in best],
-                y=[names.index(row["condition"]) + offset for row in best],
+                y=[names.index(row["condition"]) + offset + 0.13 for row in best],
                 error_x=_bars([row["best"] for row in best], COLORS["perturb"]),
                 marker={"symbol": "star-open", "size": 10, "color": COLORS["perturb"]},
                 hovertext=[_hover({**row, **row["best"]}, "best trial") for row in best],
@@ -251,7 +252,7 @@ def frontier(summary: Summary) -> go.Figure:
     return _finished(fig, _frontier_finding(summary), caption, 560)
 
 
-def early_stopping(points: Sequence[Mapping[str, Any]], on_topic: float) -> float | None:
+def early_stopping(points: Sequence[Mapping[str, Any]], on_topic: float | int) -> float | None:
     """Off-topic rate on the plain line where it first reaches ``on_topic``; None where it never does."""
     plain = [
         (point["on_topic"]["mean"], point["off_topic"]["mean"])
@@ -320,7 +321,7 @@ def metric_rows(summary: Summary) -> list[Row]:
 
 def as_estimate(row: Row) -> Estimate:
     """An estimate as it was before JSON, which has no nan."""
-    mean, low, high = (math.nan if row.get(k) is None else row[k] for k in ("mean", "low", "high"))
+    mean, low, high = (math.nan if row.get(k) is None else float(row[k]) for k in ("mean", "low", "high"))
     n = row.get("n", 0)
     return Estimate(mean, low, high, row.get("n_clusters", n), n, row.get("n_missing", 0))
 
@@ -400,7 +401,7 @@ def _bars(rows: Sequence[Row], color: str) -> dict[str, Any]:
     }
 
 
-def _add_band(fig: go.Figure, points: Sequence[tuple[float, Row]], color: str, panel: int) -> None:
+def _add_band(fig: go.Figure, points: Sequence[tuple[float | int, Row]], color: str, panel: int) -> None:
     known = [(x, row) for x, row in points if row["low"] is not None]
     fig.add_scatter(
         x=[x for x, _ in known] + [x for x, _ in reversed(known)],
@@ -423,8 +424,10 @@ def _hover(row: Row, name: str = "") -> str:
 
 def _finished(fig: go.Figure, title: str, caption: str, height: int) -> go.Figure:
     """Title and subtitle wrapped, with a margin that holds them and one line of legend."""
-    lines, small = textwrap.wrap(title, 72), textwrap.wrap(caption, 104)
-    top = 44 + 22 * len(lines) + 16 * len(small)
+    lines, small = (
+        textwrap.wrap(text, width, break_on_hyphens=False) for text, width in ((title, 72), (caption, 104))
+    )
+    top = 56 + 22 * len(lines) + 16 * len(small)
     return fig.update_layout(
         template=HOUSE,
         title={"text": "<br>".join(lines), "subtitle": {"text": "<br>".join(small)}},
@@ -438,11 +441,11 @@ def _faint(color: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
-def _number(value: float) -> str:
-    return Estimate(value, value, value, 1, 1).text().split()[0]
+def _number(value: float | int) -> str:
+    return as_estimate({"mean": value}).text().split()[0]
 
 
-def _unknown(share: float | None) -> str:
+def _unknown(share: float | int | None) -> str:
     return "unknown" if share is None else _number(share)
 
 

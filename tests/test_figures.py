@@ -236,7 +236,8 @@ def test_the_best_trial_is_a_mark_of_its_own():
         )
     )
     star = next(trace for trace in fig.data if trace.name == "best trial")
-    assert (list(star.x), list(star.y)) == ([0.7], [1])
+    assert list(star.x) == [0.7]
+    assert 1 < star.y[0] < 1.5  # just under the mean, so that both intervals are seen
     assert star.hovertext == ("best trial<br>.70 [.60, .80], n = 40",)
 
 

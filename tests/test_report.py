@@ -250,9 +250,10 @@ def test_a_residual_run_is_drawn_by_layer_and_explained_once(tmp_path):
 
 
 def test_every_condition_of_the_library_is_explained():
-    names = """base finetuned repair:prefix repair:query repair:postfix repair:postfix-same
-        repair:prompt induce:prefix induce:postfix control:self control:noise control:shuffled
-        control:span repair:resid-3 perturb:prefix template:no-system""".split()
+    segments = ("prefix", "query", "postfix", "postfix-same", "prompt")
+    names = [f"{way}:{segment}" for way in ("repair", "induce") for segment in segments]
+    names += [f"control:{name}" for name in ("self", "noise", "shuffled", "span")]
+    names += ["base", "finetuned", "repair:resid-3", "perturb:prefix", "template:no-system"]
     meanings = condition_meanings(summary_of([row(name, "all") for name in names]))
     assert all(meaning.endswith(".") for _, meaning in meanings)
     assert len({meaning for _, meaning in meanings}) == len(names)
@@ -284,10 +285,14 @@ def test_at_width_120_an_estimate_is_on_one_line():
 
 
 def test_at_width_80_the_interval_stands_under_the_mean_unbroken():
-    lines = printed(results_table(summary_of(TWO_GROUPS)), 80).splitlines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("repair:prefix"))
-    assert lines[at].split() == ["repair:prefix", ".44", "-.47", ".26", "-.53", "2"]
-    under = ["[.33, .56]", "[-.59, -.36]", "[.17, .37]", "[-.64, -.41]"]
+    long = [
+        row("repair:postfix-same", "on-topic", 0.53, 0.41, 0.64, (-0.39, -0.5, -0.27), n=70),
+        row("repair:postfix-same", "off-topic", 0.24, 0.16, 0.36, (-0.54, -0.66, -0.43), n=70),
+    ]
+    lines = printed(results_table(summary_of(TWO_GROUPS + long)), 80).splitlines()
+    at = next(number for number, line in enumerate(lines) if "postfix-same" in line)
+    assert lines[at].split() == ["repair:postfix-same", ".53", "-.39", ".24", "-.54", "70"]
+    under = ["[.41, .64]", "[-.50, -.27]", "[.16, .36]", "[-.66, -.43]"]
     assert re.split(r"\s{2,}", lines[at + 1].strip()) == under
     assert max(map(len, lines)) <= 80
 

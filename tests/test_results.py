@@ -136,7 +136,9 @@ def test_arguments_equal_as_json_are_the_same_arguments(tmp_path):
 
 def test_a_path_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    message = r"a folder to write results in at '.*run', but it cannot be written \(.+\)\. Choose another --out"
+    message = (
+        r"a folder to write results in at '.*run', but it cannot be written \(.+\)\. Choose another --out"
+    )
     with pytest.raises(RunError, match=message):
         RunFolder(tmp_path / "file" / "run", ARGUMENTS)
 

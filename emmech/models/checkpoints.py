@@ -356,10 +356,10 @@ def _shared_chat(
     if tokenizer is None:
         if base_folder is None:
             raise LoadError("a tokenizer", "base is a loaded module", "Pass tokenizer=... with a module")
-        tokenizer = _tokenizer(base_folder, **options)
+        tokenizer = load_tokenizer(base_folder, **options)
     chat = Chat(tokenizer, system=system)
     if tuned_folder is not None and (tuned_folder / "tokenizer_config.json").is_file():
-        theirs = _tokenizer(tuned_folder, **options)
+        theirs = load_tokenizer(tuned_folder, **options)
         if theirs.chat_template is None:
             theirs.chat_template = tokenizer.chat_template
         difference = first_difference(chat, Chat(theirs, system=system))
@@ -372,7 +372,12 @@ def _shared_chat(
     return chat
 
 
-def _tokenizer(folder: Path, **options: Any) -> Any:
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        LoadError: There is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
