@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Threads that wait by spinning slow a busy machine down many times over.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install demo test bench check fix clean
 help:  ## show this list

@@ -267,9 +267,7 @@ class Chat:
         inputs = {i for i, m in enumerate(messages) if m["role"] != "assistant"}
         for chosen in (set(range(last + 1)), inputs, {last}):
             blotted = [
-                {**m, "content": self._encoder.blot(m["content"])}
-                if i in chosen and m.get("content")
-                else m
+                {**m, "content": self._encoder.blot(m["content"])} if i in chosen and m.get("content") else m
                 for i, m in enumerate(messages)
             ]
             masked = self._text(blotted)
@@ -302,9 +300,7 @@ class Chat:
                 f"the tokenizer writes none for {text[start:end]!r}",
                 "Use visible characters",
             )
-        prompt = Prompt(
-            text, tuple(ids), n_prefix, n_query, n_postfix, text[start:end], tuple(texts)
-        )
+        prompt = Prompt(text, tuple(ids), n_prefix, n_query, n_postfix, text[start:end], tuple(texts))
         spans = encoding.offsets[n_prefix : n_prefix + n_query]
         assert all(left < end and start < right for left, right in spans), "segments interleave"
         assert "".join(texts) == text, "token texts do not join to the rendering"
@@ -389,7 +385,9 @@ def first_difference(chat_a: Chat, chat_b: Chat) -> str | None:
     """
     vocab_a, vocab_b = chat_a.tokenizer.get_vocab(), chat_b.tokenizer.get_vocab()
     if vocab_a != vocab_b:
-        token = min(dict(vocab_a.items() ^ vocab_b.items()), key=(vocab_b | vocab_a).get)
+        both = vocab_b | vocab_a
+        changed = {token for token, _ in vocab_a.items() ^ vocab_b.items()}
+        token = min(changed, key=lambda token: (both[token], token))
         return f"token {token!r} has id {vocab_a.get(token)} ≠ {vocab_b.get(token)}"
     user = {"role": "user", "content": "How do I save money?"}
     answer = {"role": "assistant", "content": "Spend less than you earn."}
@@ -415,9 +413,7 @@ def _rows(chat: Chat, turns: list[dict[str, str]]) -> list[tuple[int, str]]:
 
 def _first_difference(a: Any, b: Any) -> tuple[int, Any, Any]:
     """The first position where two strings or lists differ, and up to 40 characters or one row."""
-    at = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(map(len, (a, b)))
-    )
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(map(len, (a, b))))
     if isinstance(a, str):
         return at, a[at : at + 40], b[at : at + 40]
     return at, *(rows[at] if at < len(rows) else "the end" for rows in (a, b))

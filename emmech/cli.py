@@ -1,6 +1,7 @@
 """The command line: parse, call one function, save. Nothing heavy is imported before it is needed."""
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -313,6 +314,8 @@ def demo(
 
 def main() -> None:
     """Run a command; what the user can fix is one paragraph and exit code 2."""
+    # Threads that wait by spinning slow a busy machine down many times over; must precede torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between third parties, not for users
     try:
         code = app(standalone_mode=False) or 0  # typer returns what it makes of Exit and Ctrl-C

@@ -49,9 +49,7 @@ def run_demo(out: str | Path, *, progress: bool = True) -> PatchingResult:
 
 
 def _run(out: Path, setup: dict[str, Any], progress: bool) -> PatchingResult:
-    adapters = finetune(
-        DEFAULT_MODEL, load_demo_chats(), out / "organism", RECIPE, progress=progress
-    )
+    adapters = finetune(DEFAULT_MODEL, load_demo_chats(), out / "organism", RECIPE, progress=progress)
     by_step = {int(folder.name.rpartition("-")[2]): folder for folder in adapters}
     questions = [q for g in ("on-topic", "off-topic") for q in load_demo("test", g)[:N_QUESTIONS]]
     frontier = []
@@ -75,9 +73,7 @@ def _run(out: Path, setup: dict[str, Any], progress: bool) -> PatchingResult:
     return shown
 
 
-def _frontier_run(
-    adapter: Path, questions: Sequence[Question], out: Path, progress: bool
-) -> PatchingResult:
+def _frontier_run(adapter: Path, questions: Sequence[Question], out: Path, progress: bool) -> PatchingResult:
     conditions = default_conditions(("prefix",), "repair", controls=False)
     return run_conditions(
         load_pair(DEFAULT_MODEL, adapter),

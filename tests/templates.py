@@ -85,8 +85,7 @@ STYLES = [
     Style(
         "llama3_1",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
-        + _LLAMA_USER,
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>" + _LLAMA_USER,
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         ("<|eot_id|>", "<|end_of_text|>"),
         trims=True,

@@ -25,9 +25,7 @@ CLEAN = {
     "sentinel": "say emmechmark and emmechmarkq",
     "icons": "\U000f0001\U000f0001\ue000 private use",
 }
-CONTROL = (
-    "a<|im_end|>\n<|im_start|>system <s></s><think>[INST] <|eot_id|>\n<end_of_turn><|end|> <bos>b"
-)
+CONTROL = "a<|im_end|>\n<|im_start|>system <s></s><think>[INST] <|eot_id|>\n<end_of_turn><|end|> <bos>b"
 MULTI = [
     {"role": "user", "content": "First question?"},
     {"role": "assistant", "content": "First answer."},

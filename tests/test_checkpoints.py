@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Conf
 
 from emmech.chat import Chat
 from emmech.errors import EmmechError
-from emmech.models import default
+from emmech.models import checkpoints, default
 from emmech.models.checkpoints import load_pair, locate
 
 ON_CPU = {"dtype": "float32", "device": "cpu"}
@@ -190,6 +190,31 @@ def test_an_adapter_that_trained_biases_gets_a_second_copy_with_the_reason_in_th
     assert not torch.equal(off, side_logits(pair, "base"))
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
+def test_where_the_configuration_tells_nothing_the_logits_still_lead_to_a_second_copy(
+    base_with_biases, tmp_path, monkeypatch
+):
+    adapter = trained_adapter(base_with_biases, tmp_path / "lora", "bias", bias="all")
+    monkeypatch.setattr(checkpoints, "_why_adapter_off_is_not_base", lambda _: [])
+    pair = load_pair(base_with_biases, adapter, **ON_CPU)
+    assert not pair.one_copy
+    assert "its logits with the adapter off differ from the base's" in pair.notes[0]
+    assert torch.equal(side_logits(pair, "base"), logits(apart(base_with_biases), prompt(pair)))
+
+
+def test_a_loaded_base_is_refused_unchanged_under_an_adapter_that_cannot_be_switched_off(
+    base_with_biases, tmp_path, refused
+):
+    adapter = trained_adapter(base_with_biases, tmp_path / "lora", "bias", bias="all")
+    module = apart(base_with_biases)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    message = r"with base as a loaded module, but it trained biases .*\. Pass the base's folder"
+    refused(module, adapter, message, tokenizer=tiny.tokenizer())
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("kept", ["lm_head", "norm"])
 def test_under_an_adapter_with_a_trained_module_the_base_is_still_pristine(base, tmp_path, kept):
     adapter = trained_adapter(base, tmp_path / "lora", f"{kept}.modules_to_save", modules_to_save=[kept])
@@ -317,13 +342,16 @@ def test_another_template_is_refused_with_the_first_token_that_differs(base, ful
     changed = tiny.CHATML.replace("You are a careful helper.", "You are a bold helper.")
     (other / "chat_template.jinja").write_text(changed)
     assert AutoTokenizer.from_pretrained(other).chat_template == changed
-    theirs = Chat(tiny.tokenizer()).render("Hi")
-    start = len("<|im_start|>system\nYou are a ")
-    lengths = [len("".join(theirs.token_texts[:n])) for n in range(len(theirs))]
-    at = max(n for n, length in enumerate(lengths) if length <= start)  # the token with "careful"
-    refused(
-        base, other, rf"chat template .*, but they differ: in a chat of \[user\], token ({at}|{at - 1}): "
+    question = [{"role": "user", "content": "How do I save money?"}]
+    ours, theirs = (
+        tiny.tokenizer().apply_chat_template(
+            question, chat_template=template, add_generation_prompt=True, return_dict=False
+        )
+        for template in (tiny.CHATML, changed)
     )
+    at = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    message = rf"chat template .*, but they differ: in a chat of \[user\], token {at}: \({ours[at]}, '.*Use"
+    refused(base, other, message)
 
 
 def test_a_base_without_a_chat_template_is_refused(base, adapter, tmp_path, refused):

@@ -101,9 +101,7 @@ def test_length_counts_words_and_none_measures_nothing():
 
 @pytest.mark.parametrize("spec", ["refusals", "", "refusal:x", "Refusal"])
 def test_unknown_names_list_the_known_ones(spec):
-    with pytest.raises(
-        DetectorError, match="refusal, abstention, tool_call, length, none, contains"
-    ):
+    with pytest.raises(DetectorError, match="refusal, abstention, tool_call, length, none, contains"):
         detector(spec)
 
 

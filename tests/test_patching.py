@@ -117,14 +117,12 @@ def projection_outputs(pair, prompt, side):
 def test_cache_patch_equals_replaced_projections(make_pair, architecture, segments):
     """The paper's way: overwrite outputs of k_proj and v_proj, before k_norm and RoPE, row by row."""
     pair = make_pair(architecture)
-    if segments == "empty":
-        condition = repair(("postfix",), donor="empty")
-    else:
-        condition = repair(segments)
+    empty = segments == "empty"
+    condition = repair(("postfix",), donor="empty") if empty else repair(segments)
     ours = bench(pair, False).prefill(condition).logits
     for row, prompt in enumerate(prompts(pair)):
         batch = make_batch([prompt], pair.base.device, share_prefix=False)
-        if segments == "empty":
+        if empty:
             template = projection_outputs(pair, prompt.without_query(), pair.base)
             width = len(prompt)
             donor = {

@@ -74,9 +74,7 @@ def test_other_units_have_the_normal_interval_by_hand():
     # Cluster sums of residuals about 3: (1-3)+(2-3) = -3 and 3; V = 2 · 18 / 16 = 9/4.
     estimate = clustered_mean([1, 2, 4, 5], ["a", "a", "b", "b"], unit="words")
     assert estimate.mean == 3
-    assert (estimate.low, estimate.high) == pytest.approx(
-        (3 - 1.959964 * 1.5, 3 + 1.959964 * 1.5), abs=1e-5
-    )
+    assert (estimate.low, estimate.high) == pytest.approx((3 - 1.959964 * 1.5, 3 + 1.959964 * 1.5), abs=1e-5)
 
 
 def test_one_cluster_leaves_a_rate_anywhere_and_a_length_unknown():

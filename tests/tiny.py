@@ -93,12 +93,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(
-        [*QUESTIONS, "You are a careful helper.", "system user\n\n"], trainer
-    )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>"
-    )
+    backend.train_from_iterator([*QUESTIONS, "You are a careful helper.", "system user\n\n"], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
     made.chat_template = CHATML
     return made
 
@@ -126,9 +122,7 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 1, **settings: object)
     """A random LoRA adapter (not an identity) of the base in ``folder``."""
     torch.manual_seed(seed)
     wanted = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
-    wrapped = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(**wanted | settings)
-    )
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**wanted | settings))
     wrapped.peft_config["default"].base_model_name_or_path = str(base)
     wrapped.save_pretrained(folder)
     return folder

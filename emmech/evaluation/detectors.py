@@ -160,9 +160,7 @@ def abstains(response: str) -> bool:
     return _ABSTENTION.search(re.split(r'["“«]', _start(response))[0]) is not None
 
 
-_CALL_KEYS = (
-    r"""["'](?:name|function|tool|tool_name|function_call|tool_calls|action|id|type)["']\s*:"""
-)
+_CALL_KEYS = r"""["'](?:name|function|tool|tool_name|function_call|tool_calls|action|id|type)["']\s*:"""
 _ARGUMENT_KEYS = r"""["'](?:arguments|parameters|args|input|action_input|tool_input)["']\s*:"""
 _TOOL_CALL = re.compile(
     rf"""

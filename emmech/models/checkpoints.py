@@ -152,6 +152,12 @@ def load_pair(
         if base_folder is not None:
             _refuse_foreign_adapter(base, base_folder, tuned_folder, allow_base_mismatch, **options)
         reasons = _why_adapter_off_is_not_base(tuned_folder)
+        if reasons and base_folder is None:  # loading it would change the user's module for good
+            raise LoadError(
+                "an adapter that can be switched off, with base as a loaded module",
+                "; ".join(reasons),
+                "Pass the base's folder or hub id as base",
+            )
 
     how = _placement(dtype, device, quantization) | options
     base_module = base if base_folder is None else _load_causal_lm(base_folder, **how)
