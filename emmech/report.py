@@ -248,8 +248,9 @@ def _sentences(summary: Summary) -> str:
         ]
         if controls:
             said.append(
-                f"For comparison, it is {' and '.join(controls)}: where these do as much, the effect "
-                "does not need what the base model had written at those tokens."
+                f"For comparison, it is {' and '.join(controls)}: where these do as much and the "
+                "answers still make sense, the effect does not need what the base model had written at "
+                "those tokens. Read the answers first: a model that breaks shows no behaviour at all."
             )
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 

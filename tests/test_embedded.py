@@ -1,5 +1,7 @@
 """The embedded model, loaded and patched as a user would: a real tokenizer, template and weights."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,8 +37,10 @@ def adapter(tmp_path_factory):
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             parameter.data *= 0.2
-    wrapped.peft_config["default"].base_model_name_or_path = "smollm2"
     wrapped.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "smollm2"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -216,7 +216,7 @@ def run_through(
         module(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     module: nn.Module,
     start: Prefilled,

@@ -125,7 +125,7 @@ def refuse_impossible(pair: ModelPair, condition: Condition) -> None:
         raise PatchError(
             "a whole-prefix patch on a model with recurrent layers",
             f"'{condition.name}' patches part of what they keep",
-            "Patch the prefix, all layers, heads, keys and values, from donor 'same'",
+            "Patch the prefix whole, from donor 'same' (--segments prefix --no-controls)",
         )
 
 
