@@ -136,6 +136,8 @@ def test_one_long_row_does_not_pad_the_others():
     assert plans[0] == (2,) and sorted(plans[1]) == [0, 1, 3, 4, 5, 6, 7, 8]
     bounded = generation._split(list(range(6)), [10] * 6, Limits(64, slots=30))
     assert [len(part) for part in bounded] == [3, 3]
+    even = generation._split(list(range(80)), [10] * 80, Limits(64))
+    assert [len(part) for part in even] == [40, 40]
     too_long = generation._split([0, 1], [100, 10], Limits(64, slots=30))
     assert sorted(too_long) == [(0,), (1,)]  # a row that alone exceeds the bound still runs
 

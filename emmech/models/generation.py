@@ -125,11 +125,12 @@ def plan_batches(
 
 
 def _split(rows: list[int], slots: Sequence[int], limits: "Limits") -> list[tuple[int, ...]]:
-    """Batches of falling length, each within the limits and with no row mostly padding."""
+    """Even batches of falling length, each within the limits and with no row mostly padding."""
     parts: list[list[int]] = []
+    most = -(-len(rows) // -(-len(rows) // limits.rows)) if rows else 0  # 80 by 64 is 40 and 40
     for row in sorted(rows, key=lambda row: (-slots[row], row)):
         longest = slots[parts[-1][0]] if parts else 0
-        full = not parts or len(parts[-1]) == limits.rows or (len(parts[-1]) + 1) * longest > limits.slots
+        full = not parts or len(parts[-1]) == most or (len(parts[-1]) + 1) * longest > limits.slots
         if full or slots[row] + 64 < longest // 2:
             parts.append([])
         parts[-1].append(row)

@@ -52,7 +52,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """Rows to run under each of some conditions."""
+    """Rows to run under each of some conditions.
+
+    Where a run has both unpatched models among its conditions, every patched unit is checked against
+    them: how far the patch moved the last prompt token, and how much of it the cache still holds.
+    """
 
     rows: tuple[Row, ...]
     conditions: tuple[Condition, ...]
@@ -108,7 +112,7 @@ def run(
     folder: RunFolder | None,
     progress: bool = True,
 ) -> tuple[list[Record], list[Record]]:
-    """All answers of all jobs, and a manipulation check for each patched unit.
+    """All answers of all jobs, and a manipulation check for each patched unit (see ``Job``).
 
     Raises:
         PatchError: A condition is impossible on this model, or one row does not fit in memory.
@@ -116,9 +120,12 @@ def run(
     for condition in {c.name: c for job in jobs for c in job.conditions}.values():
         refuse_impossible(pair, condition)
     todo = _units(pair, jobs, decoding, batch_size, folder)
+    # The manipulation check compares with both unpatched runs: done where they are run anyway.
+    unpatched = {c.target for job in jobs for c in job.conditions if c.source is None}
+    checked = unpatched == {"base", "finetuned"}
     done: dict[tuple, list[Record]] = {}
     if folder is not None:
-        done = _resume(folder, todo, decoding)
+        done = _resume(folder, todo, decoding, checked)
     records: list[Record] = [] if folder is None else folder.records
     checks: list[Record] = [] if folder is None else folder.checks
     bench = Bench(pair, decoding.seed)
@@ -127,7 +134,9 @@ def run(
     with bar:
         for key, rows, share, conditions in _by_batch(todo):
             missing = [c for c in conditions if (c.name, key) not in done]
-            for condition, made, check in _run_batch(bench, rows, share, missing, decoding, bar.tokens):
+            for condition, made, check in _run_batch(
+                bench, rows, share, missing, decoding, checked, bar.tokens
+            ):
                 if check is not None:
                     check |= {"unit": key}
                 if folder is None:
@@ -170,7 +179,10 @@ def _by_batch(units: list[tuple[str, list[Row], bool, Condition]]) -> Iterable[t
 
 
 def _resume(
-    folder: RunFolder, units: list[tuple[str, list[Row], bool, Condition]], decoding: Decoding
+    folder: RunFolder,
+    units: list[tuple[str, list[Row], bool, Condition]],
+    decoding: Decoding,
+    checked: bool,
 ) -> dict[tuple, list[Record]]:
     """Complete units of an earlier start, by (condition, batch); the rest is dropped from disk."""
     found: dict[tuple, Record] = {}
@@ -182,7 +194,7 @@ def _resume(
         if all(one in found for one in wanted):
             done[condition.name, key] = [found[one] for one in wanted]
     checks = [c for c in folder.checks if (c["condition"], c["unit"]) in done]
-    patched = {(c.name, key) for key, _, _, c in units if c.source is not None}
+    patched = {(c.name, key) for key, _, _, c in units if checked and c.source is not None}
     have = {(c["condition"], c["unit"]) for c in checks}
     done = {key: made for key, made in done.items() if key not in patched or key in have}
     folder.keep(
@@ -198,6 +210,7 @@ def _run_batch(
     share: bool,
     conditions: Sequence[Condition],
     decoding: Decoding,
+    checked: bool,
     on_token: Any,
 ) -> Iterable[tuple[Condition, list[Record], Record | None]]:
     """Records of one batch under each condition; the batch is halved when memory runs out."""
@@ -214,7 +227,7 @@ def _run_batch(
                         memo[number] = bench.batch(
                             [row.prompt for row in part], [r.name for r in part], share_prefix=share
                         )
-                    made.append(_run_unit(memo[number], part, condition, decoding, on_token))
+                    made.append(_run_unit(memo[number], part, condition, decoding, checked, on_token))
                 break
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -243,12 +256,13 @@ def _run_unit(
     rows: Sequence[Row],
     condition: Condition,
     decoding: Decoding,
+    checked: bool,
     on_token: Any,
 ) -> tuple[list[Record], Record | None]:
     pair = batch.bench.pair
     start = batch.prefill(condition)
     check = None
-    if condition.source is not None:
+    if checked and condition.source is not None:
         target, source = (batch.plain(pair.side(n))[0] for n in (condition.target, condition.source))
         numerator, denominator = restored_share(start.last_resid, target.last_resid, source.last_resid)
         patched = batch.patched_positions(condition)
