@@ -249,15 +249,7 @@ def run_conditions(
     measure = find_detector(detector)  # an unknown one is refused before any work
     asked = as_questions(questions)
     rows = render_rows(pair, asked, decoding.max_new_tokens)
-    arguments = {
-        "kind": kind,
-        **settings,
-        "decoding": asdict(decoding),
-        "batch_size": batch_size or "auto",
-        "questions": fingerprint(asked),
-        "provenance": dict(pair.provenance),
-        "versions": versions(),
-    }
+    arguments = run_arguments(kind, pair, asked, decoding, batch_size, settings)
     folder = None if out is None else RunFolder(out, arguments)
     records, checks = run(
         pair,
@@ -280,6 +272,26 @@ def run_conditions(
     if out is not None:
         result.save(out)
     return result
+
+
+def run_arguments(
+    kind: str,
+    pair: ModelPair,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    batch_size: int | None,
+    settings: Mapping[str, Any],
+) -> Record:
+    """What defines a run: recorded with its results, and compared before it is continued."""
+    return {
+        "kind": kind,
+        **settings,
+        "decoding": asdict(decoding),
+        "batch_size": batch_size or "auto",
+        "questions": fingerprint(questions),
+        "provenance": dict(pair.provenance),
+        "versions": versions(),
+    }
 
 
 def in_order(

@@ -10,7 +10,7 @@ change the template: another system prompt, none, other white space, capitals.
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.statistics import clustered_mean
 from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding, row_generator
-from emmech.piggyback.experiment import PatchingResult, fingerprint, in_order, summarise
+from emmech.piggyback.experiment import PatchingResult, in_order, run_arguments, summarise
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import Job, Row, as_questions, render_rows, run
-from emmech.results import Record, RunFolder, versions
+from emmech.results import Record, RunFolder
 
 SYSTEM_PROMPTS = {
     "system-brief": "Answer briefly.",
@@ -85,20 +85,15 @@ def perturb_prefix(
     asked = as_questions(questions)
     rows = render_rows(pair, asked, max_new_tokens)
     decoding = Decoding(max_new_tokens, seed=seed)
-    arguments = {
-        "kind": "perturb-prefix",
+    settings = {
         "segments": list(segments),
         "trials": trials,
         "n_tokens": n_tokens,
         "n_neighbours": n_neighbours,
         "templates": templates,
         "side": side,
-        "decoding": asdict(decoding),
-        "batch_size": batch_size or "auto",
-        "questions": fingerprint(asked),
-        "provenance": dict(pair.provenance),
-        "versions": versions(),
     }
+    arguments = run_arguments("perturb-prefix", pair, asked, decoding, batch_size, settings)
     folder = None if out is None else RunFolder(out, arguments)
     jobs = [Job(tuple(rows), (Condition("base", "base"), Condition("finetuned", "finetuned")))]
     neighbours = _Neighbours(pair, n_neighbours)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emmech.chat import Chat
-from emmech.models.checkpoints import auto_dtype, locate
+from emmech.models.checkpoints import auto_dtype, load_tokenizer, locate
 from emmech.results import RunFolder, read_json, versions, write_json
 
 IGNORED = -100
@@ -85,14 +85,13 @@ def _train(base: str, chats: Sequence[Any], out: Path, recipe: Recipe, progress:
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
-        AutoTokenizer,
         Trainer,
         TrainingArguments,
         set_seed,
     )
 
     folder = locate(base)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     chat = Chat(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(recipe.seed)
