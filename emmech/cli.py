@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from emmech import defaults
 from emmech.errors import EmmechError
 
 app = typer.Typer(
@@ -126,8 +127,8 @@ def patch_prefix(
     query_span: Annotated[
         QuerySpan, typer.Option(help="Patch the whole query, or as many tokens as the prefix has.")
     ] = QuerySpan.all,
-    detector: Detector = "refusal",
-    max_new_tokens: MaxNewTokens = 64,
+    detector: Detector = defaults.DETECTOR,
+    max_new_tokens: MaxNewTokens = defaults.MAX_NEW_TOKENS,
     samples: Annotated[int, typer.Option(min=1, help="Answers per question and condition.")] = 1,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy; 1 by default with several samples.")
@@ -168,7 +169,7 @@ def patch_prefix(
         controls=controls,
         detector=detector,
         max_new_tokens=max_new_tokens,
-        temperature=float(samples > 1) if temperature is None else temperature,
+        temperature=temperature,
         top_p=top_p,
         samples=samples,
         seed=seed,
@@ -194,8 +195,8 @@ def patch_resid(
     segments: Annotated[str, typer.Option(help="Comma-separated segments.")] = "prefix",
     layers: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
-    detector: Detector = "refusal",
-    max_new_tokens: MaxNewTokens = 64,
+    detector: Detector = defaults.DETECTOR,
+    max_new_tokens: MaxNewTokens = defaults.MAX_NEW_TOKENS,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
@@ -251,13 +252,13 @@ def perturb_prefix(
     segments: Annotated[
         str, typer.Option(help="Comma-separated: prefix, query, postfix.")
     ] = "prefix,query,postfix",
-    trials: Annotated[int, typer.Option(min=1, help="Perturbations per question.")] = 10,
-    n_tokens: Annotated[int, typer.Option(min=1, help="Tokens replaced in each.")] = 10,
-    n_neighbours: Annotated[int, typer.Option(min=1, help="Candidates per token.")] = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Perturbations per question.")] = defaults.TRIALS,
+    n_tokens: Annotated[int, typer.Option(min=1, help="Tokens replaced in each.")] = defaults.N_TOKENS,
+    n_neighbours: Annotated[int, typer.Option(min=1, help="Candidates per token.")] = defaults.N_NEIGHBOURS,
     templates: Annotated[bool, typer.Option(help="Template-level variants too.")] = True,
     side: Annotated[SideName, typer.Option(help="The model that answers.")] = SideName.finetuned,
-    detector: Detector = "refusal",
-    max_new_tokens: MaxNewTokens = 64,
+    detector: Detector = defaults.DETECTOR,
+    max_new_tokens: MaxNewTokens = defaults.MAX_NEW_TOKENS,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",

@@ -74,10 +74,12 @@ def results_table(summary: Summary) -> Table:
         show_edge=False,
     )
     table.add_column("condition", no_wrap=True)
+    columns = {"mean": lambda row: row, "difference": _difference, "best trial": lambda row: row.get("best")}
+    # A column that no condition fills (differences of a perturbation run) is left out.
+    columns = {t: of for t, of in columns.items() if any(map(of, metric_rows(summary)))}
     for group in groups:
         name = "" if group == "all" else f"{group} "
-        titles = ("mean", "difference", "best trial") if measured else ("tokens",)
-        for title in titles[: 3 if _has_best(summary) else 2]:
+        for title in columns if measured else ("tokens",):
             table.add_column(Text(name + title), justify="right")
     table.add_column("n", justify="right")
     for name, cells in _by_condition(summary):
@@ -86,9 +88,8 @@ def results_table(summary: Summary) -> Table:
             if not measured:
                 shown.append(f"{row['mean_new_tokens']:.1f}")
                 continue
-            numbers = (row, _difference(row), row.get("best"))
-            for number in numbers[: 3 if _has_best(summary) else 2]:
-                shown.append(_Cell(as_estimate(number)) if number else "")
+            numbers = (of(row) for of in columns.values())
+            shown += [_Cell(as_estimate(number)) if number else "" for number in numbers]
         counts = dict.fromkeys(str(row.get("n", row["n_answers"])) for row in cells)
         table.add_row(Text(name), *shown, " / ".join(counts))
     return table

@@ -309,3 +309,14 @@ def test_the_table_without_a_metric_counts_tokens():
     text = printed(results_table(summary_of(rows, unit=None, detector="none")), 80)
     assert re.search(r"^finetuned +12\.5 +3$", text, re.MULTILINE)
     assert "interval" not in text
+
+
+def test_a_column_that_no_condition_fills_is_left_out():
+    """Perturbation runs compare nothing with an unpatched twin, and only they have a best trial."""
+    perturbed = row("perturb:prefix", "all", 0.5, 0.2, 0.8)
+    perturbed["best"] = {"mean": 0.25, "low": 0.1, "high": 0.6, "n": 2}
+    headers = [str(c.header) for c in results_table(summary_of([perturbed])).columns]
+    assert headers == ["condition", "mean", "best trial", "n"]
+    patched = row("repair:prefix", "all", 0.5, 0.2, 0.8, difference=(-0.1, -0.2, 0.0))
+    headers = [str(c.header) for c in results_table(summary_of([patched])).columns]
+    assert headers == ["condition", "mean", "difference", "n"]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from emmech import defaults
 from emmech.chat import SEGMENTS, Segment
 from emmech.data.questions import Question
 from emmech.errors import EmmechError
@@ -89,9 +90,9 @@ def patch_prefix(
     segments: Sequence[Segment] = SEGMENTS,
     direction: Direction = "both",
     controls: bool = True,
-    detector: str = "refusal",
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
+    detector: str = defaults.DETECTOR,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
+    temperature: float | None = None,
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
@@ -109,7 +110,9 @@ def patch_prefix(
         direction: Repair the finetuned model, induce in the base, or both.
         controls: Also run the controls.
         detector: What is counted in the answers; see ``emmech.evaluation.detectors``.
-        max_new_tokens: Answer length; ``temperature`` 0 is greedy.
+        max_new_tokens: Answer length.
+        temperature: 0 is greedy; by default 0 for one sample and 1 for several. ``top_p`` bounds the
+            nucleus.
         samples: Answers per question and condition.
         seed: Of sampling and of the random controls.
         batch_size: Questions per batch; by default as many as half of the free memory holds.
@@ -126,7 +129,7 @@ def patch_prefix(
         pair,
         questions,
         conditions,
-        Decoding(max_new_tokens, temperature, top_p, samples, seed),
+        Decoding(max_new_tokens, defaults.temperature(temperature, samples), top_p, samples, seed),
         kind="patch-prefix",
         settings=settings | {"query_span": query_span},
         detector=detector,
@@ -143,8 +146,8 @@ def patch_resid(
     layers: Sequence[int] | None = None,
     segments: Sequence[Segment] = ("prefix",),
     direction: Literal["repair", "induce"] = "repair",
-    detector: str = "refusal",
-    max_new_tokens: int = 32,
+    detector: str = defaults.DETECTOR,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
     samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
@@ -166,7 +169,7 @@ def patch_resid(
         pair,
         questions,
         conditions,
-        Decoding(max_new_tokens, samples=samples, seed=seed),
+        Decoding(max_new_tokens, defaults.temperature(None, samples), samples=samples, seed=seed),
         kind="patch-resid",
         settings={"segments": list(segments), "direction": direction, "layers": list(chosen)},
         detector=detector,

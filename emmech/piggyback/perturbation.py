@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emmech import defaults
 from emmech.chat import SEGMENTS, Chat, Prompt, Segment
 from emmech.errors import ChatError, EmmechError
 from emmech.evaluation.detectors import detector as find_detector
@@ -43,13 +44,13 @@ def perturb_prefix(
     questions: Iterable[Any],
     *,
     segments: Sequence[Segment] = SEGMENTS,
-    trials: int = 10,
-    n_tokens: int = 10,
-    n_neighbours: int = 5,
+    trials: int = defaults.TRIALS,
+    n_tokens: int = defaults.N_TOKENS,
+    n_neighbours: int = defaults.N_NEIGHBOURS,
     templates: bool = True,
     side: SideName = "finetuned",
-    detector: str = "refusal",
-    max_new_tokens: int = 32,
+    detector: str = defaults.DETECTOR,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
     seed: int = 0,
     batch_size: int | None = None,
     out: str | Path | None = None,
