@@ -13,11 +13,12 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, Qwen3MoeConfig, T5Config
 
 from emmech.chat import Chat
 from emmech.errors import EmmechError
-from emmech.models import checkpoints, default
+from emmech.models import default
+from emmech.models.adapters import Adapter
 from emmech.models.checkpoints import load_pair, locate
 
 ON_CPU = {"dtype": "float32", "device": "cpu"}
@@ -195,7 +196,7 @@ def test_where_the_configuration_tells_nothing_the_logits_still_lead_to_a_second
     base_with_biases, tmp_path, monkeypatch
 ):
     adapter = trained_adapter(base_with_biases, tmp_path / "lora", "bias", bias="all")
-    monkeypatch.setattr(checkpoints, "_why_adapter_off_is_not_base", lambda _: [])
+    monkeypatch.setattr(Adapter, "why_off_is_not_base", lambda _: [])
     pair = load_pair(base_with_biases, adapter, **ON_CPU)
     assert not pair.one_copy
     assert "its logits with the adapter off differ from the base's" in pair.notes[0]
@@ -400,6 +401,26 @@ def test_an_adapter_made_for_a_wider_model_is_refused_by_its_shapes(base, tmp_pa
     adapter = tiny.save_adapter(wide, tmp_path / "lora")
     message = r"mlp\.down_proj fits '.*' \(32\), but '.*' has lora_B\.weight of shape \(64, 4\)\. Load"
     refused(base, adapter, message)
+
+
+def test_an_adapter_on_expert_parameters_is_one_copy_with_a_pristine_base(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tiny.tokenizer()), **tiny.CONFIGS["qwen3"][1], num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, decoder_sparse_step=1,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = tiny.save_adapter(
+        base, tmp_path / "lora", target_modules=["q_proj", "v_proj"], target_parameters=experts
+    )
+    assert any("experts" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    pair = load_pair(base, adapter, **ON_CPU)
+    assert pair.one_copy
+    assert torch.equal(side_logits(pair, "base"), logits(apart(base), prompt(pair)))
+    assert torch.equal(side_logits(pair, "finetuned"), logits(wrapped_apart(base, adapter), prompt(pair)))
 
 
 def test_an_adapter_with_nan_is_refused(base, adapter, tmp_path, refused):

@@ -10,9 +10,7 @@ every parameter that is equal to the bit. Bad pairs are refused before any weigh
 
 import hashlib
 import importlib.util
-import json
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +22,11 @@ from torch import Tensor, nn
 
 from emmech.chat import DEFAULT, Chat, System, first_difference
 from emmech.errors import LoadError
+from emmech.models.adapters import Adapter, is_adapter
 from emmech.models.default import DEFAULT_MODEL, embedded_path
 
 SideName = Literal["base", "finetuned"]
-ADAPTER_CONFIG = "adapter_config.json"
 _PROBE = "Which of these words is a colour: table, green, seven?"
-_LOW_RANK = ("lora_", "lokr_", "hada_", "oft_", "vera_", "ia3_")
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def load_pair(
     options = {"trust_remote_code": trust_remote_code}
     base_folder = None if isinstance(base, nn.Module) else locate(base, revision)
     tuned_folder = None if isinstance(finetuned, nn.Module) else locate(finetuned, finetuned_revision)
-    adapter = tuned_folder is not None and (tuned_folder / ADAPTER_CONFIG).is_file()
+    adapter = Adapter(tuned_folder) if is_adapter(tuned_folder) else None
 
     # Everything that can be refused from configurations and tokenizers alone comes first.
     for folder in (base_folder, None if adapter else tuned_folder):
@@ -147,23 +144,21 @@ def load_pair(
             _refuse_non_decoders(folder, **options)
             _refuse_pickles(folder)
     chat = _shared_chat(base_folder, tuned_folder, tokenizer, system, **options)
-    reasons: list[str] = []
-    if adapter:
-        if base_folder is not None:
-            _refuse_foreign_adapter(base, base_folder, tuned_folder, allow_base_mismatch, **options)
-        reasons = _why_adapter_off_is_not_base(tuned_folder)
-        if reasons and base_folder is None:  # loading it would change the user's module for good
-            raise LoadError(
-                "an adapter that can be switched off, with base as a loaded module",
-                "; ".join(reasons),
-                "Pass the base's folder or hub id as base",
-            )
+    reasons = [] if adapter is None else adapter.why_off_is_not_base()
+    if adapter is not None and base_folder is not None:
+        adapter.refuse_foreign(base, base_folder, allowed=allow_base_mismatch, **options)
+    elif reasons:  # loading it would change the user's module for good
+        raise LoadError(
+            "an adapter that can be switched off, with base as a loaded module",
+            "; ".join(reasons),
+            "Pass the base's folder or hub id as base",
+        )
 
     how = _placement(dtype, device, quantization) | options
     base_module = base if base_folder is None else _load_causal_lm(base_folder, **how)
     notes: list[str] = []
-    if adapter:
-        tuned_module, off_is_base = _attach_adapter(base_module, tuned_folder, chat, bool(reasons))
+    if adapter is not None:
+        tuned_module, off_is_base = _attach(adapter, base_module, chat, bool(reasons))
         if not off_is_base:
             reasons = reasons or ["its logits with the adapter off differ from the base's"]
             notes.append(
@@ -172,15 +167,9 @@ def load_pair(
             )
             base_module = _second_copy(base_folder, how)
     elif tuned_folder is not None:
-        tuned_module = _load_causal_lm(tuned_folder, **how)
-        off_is_base = False
+        tuned_module, off_is_base = _load_causal_lm(tuned_folder, **how), False
     else:
-        tuned_module = finetuned
-        off_is_base = _is_peft(tuned_module) and (
-            tuned_module is base_module or base_module is tuned_module.get_base_model()
-        )
-        if off_is_base:
-            _refuse_trained_biases(tuned_module)
+        tuned_module, off_is_base = finetuned, _is_base_with_adapter(finetuned, base_module)
     if tuned_module is not base_module and not off_is_base:
         shared = share_equal_storage(base_module, tuned_module)
         notes.append(f"Two models; {shared:.0%} of the parameters are equal and held once.")
@@ -220,7 +209,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         return embedded_path()
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not ((folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()):
+        if not ((folder / "config.json").is_file() or is_adapter(folder)):
             raise LoadError(
                 f"a model or adapter in '{name}'",
                 "the folder has neither config.json nor adapter_config.json",
@@ -394,115 +383,12 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def _refuse_foreign_adapter(
-    base: str | Path, base_folder: Path, adapter: Path, allowed: bool, **options: Any
-) -> None:
-    """Refuse an adapter whose named base or weight shapes are another model's."""
-    named = _adapter_config(adapter).get("base_model_name_or_path") or ""
-    if named and not allowed and not _same_model(named, base, base_folder):
-        raise LoadError(
-            f"an adapter made for '{base}'",
-            f"'{adapter}' was made for '{named}'",
-            "Load that base, or pass allow_base_mismatch=True (--allow-base-mismatch) if it is a copy",
-        )
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder, **options))
-    modules = dict(skeleton.named_modules())
-    for key, tensor in _adapter_tensors(adapter).items():
-        path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-        axis = {"A.weight": 1, "B.weight": 0}.get(part)
-        if axis is None:
-            continue
-        weight = getattr(modules.get(path), "weight", None)
-        width = None if weight is None else weight.shape[1 - axis if _is_conv1d(modules[path]) else axis]
-        if width != tensor.shape[axis]:
-            raise LoadError(
-                f"an adapter whose {path} fits '{base}' ({width or 'no such module there'})",
-                f"'{adapter}' has lora_{part} of shape {tuple(tensor.shape)}",
-                "Load the base that the adapter was trained on",
-            )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2 stores its linear weights transposed
-
-
-def _same_model(named: str, base: str | Path, folder: Path) -> bool:
-    def short(name: str | Path) -> str:
-        return Path(str(name).rstrip("/")).name.lower()
-
-    if named == str(base) or Path(named).expanduser().resolve() == folder:
-        return True
-    return short(named) in {short(base), short(folder)}
-
-
-def _why_adapter_off_is_not_base(adapter: Path) -> list[str]:
-    """Reasons, from configuration and weights, that switching this adapter off leaves changes."""
-    config = _adapter_config(adapter)
-    reasons = []
-    if config.get("bias", "none") != "none":
-        reasons.append(f"it trained biases in place (bias='{config['bias']}')")
-    kept_apart = tuple(config.get("modules_to_save") or ())  # PEFT keeps the originals of these
-    loose = sorted(
-        key
-        for key in _adapter_tensors(adapter)
-        if not any(part in key for part in _LOW_RANK) and not any(m in key for m in kept_apart)
-    )
-    if loose:
-        what = "embeddings" if "embed" in loose[0] or "lm_head" in loose[0] else "weights"
-        reasons.append(f"it holds full {what} ({loose[0]} and {len(loose) - 1} more)")
-    return reasons
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    try:
-        return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise LoadError(
-            f"JSON in '{adapter / ADAPTER_CONFIG}'", str(error), "Restore the adapter's files"
-        ) from error
-
-
-def _adapter_tensors(adapter: Path) -> dict[str, Tensor]:
-    """The adapter's tensors (memory-mapped), refused when one is not finite."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = adapter / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise LoadError(
-            f"adapter weights in '{file}'",
-            f"they cannot be read ({error})",
-            "Save the adapter as safetensors; pickled adapters are never read",
-        ) from error
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise LoadError("finite weights", f"{key} of '{adapter}' has inf or nan", "Train it again")
-    return tensors
-
-
-def _attach_adapter(
-    module: nn.Module, adapter: Path, chat: Chat, known_impure: bool
-) -> tuple[nn.Module, bool]:
+def _attach(adapter: Adapter, module: nn.Module, chat: Chat, known_impure: bool) -> tuple[nn.Module, bool]:
     """The wrapped model, and whether switching its adapter off gives back the base to the bit."""
-    from peft import PeftModel
-
-    before = None if known_impure else _probe_logits(module, chat)
-    for key, tensor in _adapter_tensors(adapter).items():
-        if (
-            key.endswith("embed_tokens.weight")
-            and len(tensor) != module.get_input_embeddings().num_embeddings
-        ):
-            module.resize_token_embeddings(len(tensor), mean_resizing=False)
-    device = module.get_input_embeddings().weight.device
-    wrapped = PeftModel.from_pretrained(module, adapter, torch_device=str(device)).eval()
-    if before is None:
-        return wrapped, False
+    if known_impure:
+        return adapter.attach(module), False
+    before = _probe_logits(module, chat)
+    wrapped = adapter.attach(module)
     with Side("base", wrapped, adapter_off=True).active():
         after = _probe_logits(wrapped, chat)
     return wrapped, torch.equal(before, after)
@@ -523,18 +409,18 @@ def _second_copy(base_folder: Path | None, how: Mapping[str, Any]) -> nn.Module:
     return _load_causal_lm(base_folder, **how)
 
 
-def _refuse_trained_biases(wrapped: nn.Module) -> None:
-    for config in wrapped.peft_config.values():
+def _is_base_with_adapter(tuned: nn.Module, base: nn.Module) -> bool:
+    """Whether ``tuned`` is a PEFT model around ``base`` itself, whose adapter can be switched off."""
+    if not hasattr(tuned, "peft_config") or base not in (tuned, tuned.get_base_model()):
+        return False
+    for config in tuned.peft_config.values():
         if (bias := getattr(config, "bias", "none")) != "none":
             raise LoadError(
                 "an adapter that can be switched off, with base as its own module",
                 f"it trained biases in place (bias='{bias}')",
                 "Pass the base's folder or another module as base",
             )
-
-
-def _is_peft(module: nn.Module) -> bool:
-    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+    return True
 
 
 def _refuse_non_finite(module: nn.Module) -> None:
