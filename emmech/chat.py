@@ -15,7 +15,6 @@ import copy
 import functools
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
+from emmech.encoding import PLANE_16, Encoder
 from emmech.errors import ChatError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Chat:
         self.template = tokenizer.get_chat_template(tools=template_options.get("tools"))
         thinking = {"enable_thinking": False} if "enable_thinking" in self.template else {}
         self.options = thinking | template_options
-        self._encoder = _Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer)
 
     def with_system(self, system: str | System | None) -> "Chat":
         """The same chat with another system choice."""
@@ -195,12 +195,51 @@ class Chat:
         """
         messages = self._messages(question)
         text, start, end = self._locate(messages)
-        clean = not any(self._encoder.control.search(m.get("content") or "") for m in messages)
-        encoding = self._encoder.encode(text, text if clean else self._masked(messages, text))
-        if clean:
+        shown = self._shown(messages, text)
+        encoding = self._encoder.encode(text, shown)
+        if shown == text:
             own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             assert encoding.ids == own, "the copy of the tokenizer gives other ids"
         return self._cut(text, start, end, encoding)
+
+    def answered(self, messages: list[dict[str, Any]]) -> tuple[Prompt, tuple[int, ...]]:
+        """The prompt of messages that end with an answer, and the ids that the model should write.
+
+        Those are the answer's, whatever the template puts before it (a space, a channel), and the
+        token that ends it.
+
+        Raises:
+            ChatError: The last message is no answer, or its prompt cannot be rendered.
+        """
+        if messages[-1].get("role") != "assistant" or not messages[-1].get("content"):
+            raise ChatError(
+                "messages that end with the assistant's answer",
+                f"the roles are {[m.get('role') for m in messages]}"
+                if messages[-1].get("role") != "assistant"
+                else "the answer is empty",
+                "Complete or drop this chat",
+            )
+        asked, answer = self._messages(messages[:-1]), messages[-1]
+        prompt = self.render(messages[:-1])
+        mark = self._unused(messages)
+        opened = self._apply(asked, add_generation_prompt=True)
+        framed = self._apply([*asked, {**answer, "content": mark}], add_generation_prompt=False)
+        whole = self._apply([*asked, answer], add_generation_prompt=False)
+        before, _, after = framed.rpartition(mark)
+        lead = before.removeprefix(opened) if before.startswith(opened) else ""
+        fits = whole.startswith(before) and whole.endswith(after)
+        content = whole[len(before) : len(whole) - len(after)] if fits else answer["content"]
+        # Tags such as <tool_call>, which are tokens but not special ones, the answer may write itself.
+        shown = self._shown(asked, prompt.text)
+        hidden = shown + lead + self._encoder.blot(content, special_only=True)
+        # Tokenised behind the prompt, where a merge with its last token does not hide the border.
+        ids = self._encoder.encode(prompt.text + lead + content, hidden).ids
+        if tuple(ids[: len(prompt)]) == prompt.ids:
+            ids = ids[len(prompt) :]
+        else:
+            ids = self._encoder.encode(lead + content, hidden[len(prompt.text) :]).ids
+        end = self._encoder.control.match(after.lstrip())
+        return prompt, (*ids, self._encoder.ids[end[0]] if end else self.tokenizer.eos_token_id)
 
     def show(self, question: str | list[dict[str, Any]]) -> None:
         """Print the tokens of the prompt, labelled and coloured by segment."""
@@ -217,7 +256,7 @@ class Chat:
             content = turn.get("content")
             if not isinstance(content, str) and (content or turn.get("role") != "assistant"):
                 raise ChatError("texts as contents", f"one is {content!r}", "Join the parts")
-            if any(ord(c) >= _PLANE_16 for c in content or ""):
+            if any(ord(c) >= PLANE_16 for c in content or ""):
                 plane = "a text without characters from U+100000 on, which mark control tokens here"
                 raise ChatError(plane, f"one is {content[:80]!r}", "Remove them")
         if not turns[-1]["content"].strip():
@@ -256,6 +295,11 @@ class Chat:
             problem,
             "Reword the question or set another template in tokenizer.chat_template",
         )
+
+    def _shown(self, messages: list[dict[str, Any]], text: str) -> str:
+        """``text`` with the control strings that the template did not write blotted out."""
+        clean = not any(self._encoder.control.search(m.get("content") or "") for m in messages)
+        return text if clean else self._masked(messages, text)
 
     def _masked(self, messages: list[dict[str, Any]], text: str) -> str:
         """``text`` with the control strings of the messages blotted out, those of the template not.
@@ -421,75 +465,3 @@ def _first_difference(a: Any, b: Any) -> tuple[int, Any, Any]:
 
 def _has_system(messages: list[dict[str, Any]]) -> bool:
     return messages[0].get("role") in ("system", "developer")
-
-
-_PLANE_16 = 0x100000  # Unicode's last private plane; no icon font lives there
-
-
-class _Encoder:
-    """A copy of a backend tokenizer whose control tokens answer to other names.
-
-    Every added token but white space (Gemma's newlines) is renamed, in the added vocabulary and in
-    the model, to a stand-in of equal length that no text contains. For the copy ``<|im_end|>`` is
-    plain text, and its stand-in, put where the template wrote it, gives its id. The text goes
-    through in one piece with its offsets unmoved, so merges, strip flags and a leading ``▁`` are
-    the tokenizer's own.
-    """
-
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase"):
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        # The post-processor writes a second BOS and trims blanks off the offsets (Llama 3).
-        spec |= {"post_processor": None, "truncation": None, "padding": None}
-        added = [t for t in spec["added_tokens"] if t["content"].strip()]
-        self.ids = {t["content"]: t["id"] for t in added}
-        self.contents = {i: content for content, i in self.ids.items()}
-        self.names = {c: chr(_PLANE_16 + n) * len(c) for n, c in enumerate(self.ids)}
-        self.control, self.blots = _any_of(self.ids), _any_of(self.names.values())
-        for token in added:
-            token["content"] = self.names[token["content"]]
-        _rename(spec["model"], self.names)
-        self.backend = Tokenizer.from_str(json.dumps(spec))
-        moved = [c for c, i in self.ids.items() if self.backend.token_to_id(self.names[c]) != i]
-        assert not moved, f"ids changed in the copy: {moved}"
-        probe = "".join(f"{c} A probe,\n\n 1" for c in [*self.ids][:100])
-        own = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
-        assert self.encode(probe, probe).ids == own, "the copy of the tokenizer gives other ids"
-
-    def blot(self, content: str) -> str:
-        """The content with its control strings hidden from a search for them."""
-        return self.control.sub(lambda found: self.names[found[0]], content)
-
-    def unblot(self, text: str) -> str:
-        named = {name: content for content, name in self.names.items()}
-        return self.blots.sub(lambda found: named[found[0]], text)
-
-    def encode(self, text: str, masked: str) -> Encoding:
-        """Tokens of ``text``, control tokens only where ``masked`` still shows their strings."""
-        pieces, done = [], 0
-        for found in self.control.finditer(masked):
-            pieces += text[done : found.start()], self.names[found[0]]
-            done = found.end()
-        return self.backend.encode("".join([*pieces, text[done:]]), add_special_tokens=False)
-
-
-def _any_of(strings: Any) -> re.Pattern[str]:
-    """A pattern for the longest of the strings; the look-ahead keeps thousands of them cheap."""
-    longest = sorted(strings, key=len, reverse=True)
-    if not longest:
-        return re.compile("(?!)")
-    first = "".join(re.escape(c) for c in sorted({s[0] for s in longest}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, longest))})")
-
-
-def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Take the control strings out of a model's vocabulary and merges: no text spells one."""
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
-    else:
-        model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
-    if "merges" in model:
-        parts = ((a, b, a + b) for a, b in model["merges"])
-        model["merges"] = [[a, b] for a, b, ab in parts if not names.keys() & {a, b, ab}]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]

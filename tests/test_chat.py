@@ -297,6 +297,44 @@ def test_without_query_joins_prefix_and_postfix_ids(style, question):
     assert rest.query_ids == () and rest.query == ""
 
 
+ANSWERS = ("Spend less than you earn.", "<tool_call>\n{}\n</tool_call>", "def f(x):\n\treturn  x", "🎉 go")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@every_style
+def test_prompt_and_answer_ids_are_those_of_the_whole_chat_by_apply_chat_template(style, answer):
+    messages = [*MULTI, {"role": "assistant", "content": answer}]
+    whole = make_tokenizer(style.name).apply_chat_template(messages, enable_thinking=False, return_dict=False)
+    prompt, ids = chat_of(style.name).answered(messages)
+    assert prompt == chat_of(style.name).render(MULTI)
+    assert (*prompt.ids, *ids) == tuple(whole[: len(prompt) + len(ids)])
+    assert ids[-1] in chat_of(style.name).end_ids
+    after = chat_of(style.name).tokenizer.decode(whole[len(prompt) + len(ids) :])
+    assert after.strip() in ("", "<|endoftext|>")  # Phi-3 ends the whole chat too
+
+
+@every_style
+def test_control_strings_in_an_answer_end_it_no_sooner(style):
+    chat = chat_of(style.name)
+    _, ids = chat.answered([MULTI[0], {"role": "assistant", "content": "Say " + CONTROL}])
+    _, plain = chat.answered(MULTI[:2])
+    special = {i for i, t in chat.tokenizer.added_tokens_decoder.items() if t.special}
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (MULTI, r"end with the assistant's answer, but the roles are \['user', 'assistant', 'user'\]"),
+        ([MULTI[0], {"role": "assistant", "content": ""}], "but the answer is empty"),
+        (MULTI[1:2], "a last message from the user"),
+    ],
+)
+def test_messages_without_an_answer_or_question_are_refused(messages, message):
+    with pytest.raises(ChatError, match=message):
+        chat_of("chatml").answered(messages)
+
+
 @every_style
 def test_end_ids_are_eos_and_the_mark_the_template_writes_after_an_answer(style):
     tokenizer = make_tokenizer(style.name)
