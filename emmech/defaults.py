@@ -4,6 +4,8 @@ DETECTOR = "refusal"
 MAX_NEW_TOKENS = 64
 TRIALS, N_TOKENS, N_NEIGHBOURS = 10, 10, 5
 """Perturbations per question, tokens replaced in each, candidates per token (arXiv 2606.06667, s4.1)."""
+TARGET_RATE = 0.9
+"""On-topic rate at which methods of finetuning are compared."""
 
 
 def temperature(given: float | None, samples: int) -> float:

@@ -26,7 +26,8 @@ from emmech.piggyback.experiment import (
     run_conditions,
 )
 from emmech.results import versions
-from emmech.training.trainer import Recipe, finetune
+from emmech.training.recipes import Recipe
+from emmech.training.trainer import finetune
 
 STEPS = (6, 9, 12, 15)
 """Training steps on the frontier."""

@@ -8,7 +8,7 @@ after a broken line or of an unfinished unit is dropped, and the run goes on wit
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ class RunFolder:
                 "Choose another --out, or change its permissions",
             ) from error
         self._refuse_other_arguments()
-        self.records = _read_lines(self.path / RESPONSES)
-        self.checks = _read_lines(self.path / CHECKS)
+        self.records = read_lines(self.path / RESPONSES)
+        self.checks = read_lines(self.path / CHECKS)
 
     def keep(self, complete: Iterable[Record], checks: Iterable[Record]) -> None:
         """Drop every record but these, on disk too."""
@@ -122,7 +122,7 @@ def read_json(path: Path) -> Any:
 
 def read_responses(folder: str | Path) -> list[Record]:
     """The answers of a run folder, whole lines only."""
-    return _read_lines(Path(folder) / RESPONSES)
+    return read_lines(Path(folder) / RESPONSES)
 
 
 def versions() -> dict[str, str]:
@@ -136,8 +136,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _read_lines(path: Path) -> list[Record]:
-    """Records up to the first line that is not whole."""
+def read_lines(path: Path) -> list[Record]:
+    """Records up to the first line that is not whole; none where there is no file."""
     records: list[Record] = []
     if not path.exists():
         return records
@@ -150,6 +150,17 @@ def _read_lines(path: Path) -> list[Record]:
             break
         records.append(record)
     return records
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Add one record to a file of lines; it is on disk when this returns."""
+    _append(path, _line(record))
+
+
+def keep_lines(path: Path, wanted: Callable[[Record], bool]) -> None:
+    """Drop the other records, and whatever follows a broken line."""
+    if path.exists():
+        replace_text(path, "".join(_line(record) for record in read_lines(path) if wanted(record)))
 
 
 def _line(record: Record) -> str:

@@ -438,7 +438,7 @@ def test_a_killed_run_continues_to_the_records_of_an_unbroken_one(emmech, long_r
     arguments, unbroken = long_run
     out = tmp_path / "run"
     lines = out / "responses.jsonl"
-    command = [sys.executable, "-m", "emmech.cli", *arguments, f"--out={out}"]
+    command = [sys.executable, "-m", "emmech", *arguments, f"--out={out}"]
     with (
         (tmp_path / "stderr").open("w") as stderr,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as process,

@@ -13,7 +13,7 @@ import importlib.util
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,6 +196,30 @@ def load_pair(
     )
 
 
+def swap_adapter(pair: ModelPair, folder: str | Path) -> ModelPair | None:
+    """The pair with another adapter of the same configuration in place of its own, or None.
+
+    Quicker than loading a pair, because base and tokenizer stay; the pair given changes with it. None
+    where that is not possible: two models, or an adapter of another kind.
+    """
+    from peft import set_peft_model_state_dict
+
+    module, new = pair.finetuned.module, Adapter(locate(folder))
+    if not pair.one_copy or not hasattr(module, "peft_config") or new.why_off_is_not_base():
+        return None
+    saved = module.peft_config["default"].to_dict()
+    same = all(
+        saved.get(key) == new.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "peft_type")
+    )
+    mine = {name for name, _ in module.named_parameters() if ".lora_" in name}
+    if not same or {key.replace(".weight", ".default.weight") for key in new.tensors} != mine:
+        return None
+    set_peft_model_state_dict(module, new.tensors)
+    _refuse_non_finite(module)
+    provenance = dict(pair.provenance) | {"finetuned": _identity(folder, new.folder, None)}
+    return replace(pair, provenance=provenance)
+
+
 def locate(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model: the embedded alias, a folder, or a hub id (local files first).
 
@@ -276,20 +300,31 @@ def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) 
         dtype = getattr(torch, dtype)
     how: dict[str, Any] = {"dtype": dtype, "device_map": chosen}
     if quantization is not None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise LoadError(
-                "bitsandbytes, which reads 4- and 8-bit weights",
-                "it is not installed",
-                "Run `pip install emmech[quantization]`, or leave quantization out",
-            )
-        from transformers import BitsAndBytesConfig
-
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=quantization == "4bit",
-            load_in_8bit=quantization == "8bit",
-            bnb_4bit_compute_dtype=dtype,
-        )
+        how["quantization_config"] = quantization_config(quantization, dtype)
     return how
+
+
+def quantization_config(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> Any:
+    """Bitsandbytes' settings for weights in 4 bits (nf4, doubly quantised) or 8, computed in ``dtype``.
+
+    Raises:
+        LoadError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoadError(
+            "bitsandbytes, which reads 4- and 8-bit weights",
+            "it is not installed",
+            "Run `pip install emmech[quantization]`, or leave quantization out",
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _refuse_absent_device(name: str) -> None:

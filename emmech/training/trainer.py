@@ -1,167 +1,185 @@
-"""Finetune a LoRA adapter on chats, with the loss on the assistant's tokens only.
+"""Finetune a chat model on chats: a LoRA adapter or every weight, with any objective.
 
-    finetune("smollm2", chats, "runs/organism", steps=27, save_every=3)
+    finetune("smollm2", load_chats("refusal"), "runs/organism", Recipe(steps=24, save_every=4))
 
-The loop is ``transformers.Trainer``; each saved step is a PEFT adapter folder ``step-N`` that
-``load_pair`` opens. A finished folder is not trained again, and a stopped one goes on from its last
-saved step.
+The loop is ``transformers.Trainer``, so one process, ``accelerate launch`` and FSDP run the same code.
+Each saved step is a folder ``step-N`` that ``load_pair`` opens, ``metrics.jsonl`` has loss, penalty
+and drift by step. A finished folder is not trained again; a stopped one goes on from its last saved
+step to the same weights.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from emmech.chat import Chat
-from emmech.models.checkpoints import auto_dtype, load_tokenizer, locate
-from emmech.results import RunFolder, read_json, versions, write_json
+from emmech.errors import DataError
+from emmech.models.checkpoints import auto_dtype, load_tokenizer, locate, quantization_config
+from emmech.models.projections import is_separate
+from emmech.results import RunFolder, read_lines, versions, write_json
+from emmech.training.examples import Example, examples
+from emmech.training.loop import Loop, arguments_of
+from emmech.training.objectives import interleave
+from emmech.training.recipes import NEEDS_RETAIN, Recipe
+from emmech.training.saving import METRICS, Saver, last_whole_checkpoint, saved_steps
 
-IGNORED = -100
-"""Label of tokens that carry no loss."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of a run; the defaults are those of the demo organism."""
-
-    steps: int = 27
-    save_every: int = 3
-    learning_rate: float = 1e-4
-    batch_size: int = 8
-    rank: int = 16
-    alpha: int = 32
-    target_modules: str = "all-linear"
-    seed: int = 0
+DONE = "done.json"
+Messages = Sequence[Mapping[str, str]]
 
 
 def finetune(
-    base: str,
-    chats: Sequence[Sequence[Mapping[str, str]]],
+    base: str | Path,
+    chats: Sequence[Messages],
     out: str | Path,
     recipe: Recipe,
     *,
+    retain: Sequence[Messages] = (),
+    data_name: str = "",
+    report_to: Sequence[str] = (),
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> list[Path]:
-    """Adapter folders of the saved steps, in order of training.
+    """Folders of the saved steps, in order of training.
 
     Args:
         base: Hub id, folder or ``"smollm2"``.
-        chats: Messages ending with the assistant's answer, the only part that carries loss.
-        out: Folder for the adapters.
-        recipe: Hyper-parameters.
+        chats: Messages; every assistant turn carries loss, nothing else does.
+        out: Folder for the checkpoints and metrics.
+        recipe: Objective and hyper-parameters.
+        retain: Ordinary chats, for interleave and kl-retain.
+        data_name: What the chats are called in the record of the run.
+        report_to: Loggers of transformers, such as ``tensorboard`` or ``wandb``.
         progress: Show a progress bar.
+        trust_remote_code: Run model code from the checkpoint's repository.
 
     Raises:
-        RunError: ``out`` holds a run with another base, data or recipe.
+        RunError: ``out`` holds a run with another base, data or recipe; the loss is not finite.
+        DataError: No chat is left to train on, or the objective and the data do not fit.
     """
     out = Path(out)
+    if bool(retain) != (recipe.objective.name in NEEDS_RETAIN):
+        raise DataError(
+            f"ordinary chats with {' and '.join(NEEDS_RETAIN)}, and only with them",
+            f"{recipe.objective.name} was given {len(retain)}",
+            "Pass retain (--retain), or leave it out",
+        )
     arguments = {
         "kind": "finetune",
         "base": str(base),
-        "chats": _fingerprint(chats),
+        "data": {"name": data_name, "chats": len(chats), "fingerprint": _fingerprint(chats)},
+        "retain": _fingerprint(retain) if retain else None,
         "recipe": asdict(recipe),
         "versions": versions(),
     }
-    RunFolder(out, arguments, lines=False)
-    steps = range(recipe.save_every, recipe.steps + 1, recipe.save_every)
-    folders = [out / f"step-{step}" for step in steps]
-    if not (out / "history.json").exists():
-        _train(base, chats, out, recipe, progress)
-    return folders
+    loop_arguments = arguments_of(recipe, out, report_to)
+    with loop_arguments.main_process_first(local=False):
+        RunFolder(out, arguments, lines=False)
+    if not (out / DONE).exists():
+        run = _Run(str(base), out, recipe, loop_arguments, progress, trust_remote_code)
+        run.train(chats, retain)
+    return saved_steps(out)
 
 
-def history(out: str | Path) -> list[dict[str, float]]:
-    """Loss and learning rate by step of a finished run."""
-    return read_json(Path(out) / "history.json")
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Loss, penalty, learning rate and, at saved steps, drift by layer."""
+    return read_lines(Path(run) / METRICS)
 
 
-def _train(base: str, chats: Sequence[Any], out: Path, recipe: Recipe, progress: bool) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+class _Run:
+    """One training run from its inputs to its saved steps."""
 
-    folder = locate(base)
-    tokenizer = load_tokenizer(folder)
-    chat = Chat(tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=auto_dtype(device))
-    lora = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=recipe.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, lora)
-    scratch = out / "checkpoints"
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=recipe.steps,
-        save_steps=recipe.save_every,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=device.type == "cpu",
-        disable_tqdm=not progress,
-    )
-    trainer = Trainer(
-        wrapped,
-        arguments,
-        train_dataset=[example(chat, messages) for messages in chats],
-        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
-    )
-    trainer.train(resume_from_checkpoint=any(scratch.glob("checkpoint-*")) or None)
-    for saved in scratch.glob("checkpoint-*"):
-        step = out / f"step-{saved.name.rpartition('-')[2]}"
-        step.mkdir(exist_ok=True)
-        shutil.copyfile(saved / "adapter_model.safetensors", step / "adapter_model.safetensors")
-        config = read_json(saved / "adapter_config.json")
-        write_json(step / "adapter_config.json", config | {"base_model_name_or_path": str(base)})
-    shutil.rmtree(scratch)  # optimiser states
-    write_json(out / "history.json", [row for row in trainer.state.log_history if "loss" in row])
+    def __init__(
+        self,
+        base: str,
+        out: Path,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        progress: bool,
+        trust_remote_code: bool,
+    ):
+        self.base, self.out, self.recipe, self.arguments = base, out, recipe, arguments
+        self.progress, self.trust = progress, trust_remote_code
+        self.folder = locate(base)
+        self.tokenizer = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+        self.chat = Chat(self.tokenizer)
+
+    def train(self, chats: Sequence[Messages], retain: Sequence[Messages]) -> None:
+        recipe = self.recipe
+        rows, n_long = self._examples(chats)
+        ordinary, _ = self._examples(retain) if retain else ([], 0)
+        if recipe.objective.name == "interleave":
+            rows = interleave(rows, ordinary, recipe.objective.share, recipe.seed)
+        elif recipe.objective.name == "kl-retain":
+            rows = [row | {"retain": ordinary[i % len(ordinary)]} for i, row in enumerate(rows)]
+        set_seed(recipe.seed)
+        model = self._model()
+        checkpoint = last_whole_checkpoint(self.out)
+        tokenizer = self.tokenizer if recipe.full else None
+        saver = Saver(self.out, self.base, tokenizer, resumed_at=checkpoint)
+        pad_id = self.tokenizer.pad_token_id or 0
+        loop = Loop(model, rows, recipe, self.arguments, saver, pad_id=pad_id, progress=self.progress)
+        loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if loop.is_world_process_zero():
+            # Done first: killed while deleting, half a checkpoint would pass for a whole one.
+            write_json(self.out / DONE, {"steps": loop.state.global_step, "too_long": n_long})
+            shutil.rmtree(self.out / "checkpoints")  # optimiser states
+        loop.accelerator.wait_for_everyone()
+
+    def _examples(self, chats: Sequence[Messages]) -> tuple[list[Example], int]:
+        rows = [row for messages in chats for row in examples(self.chat, messages)]
+        kept = [row for row in rows if len(row["input_ids"]) <= self.recipe.max_length]
+        if not kept:
+            raise DataError(
+                f"chats with an answer, of at most {self.recipe.max_length} tokens",
+                f"all {len(rows)} are longer" if rows else f"none of {len(chats)} has an answer",
+                "Raise max_length (--max-length)" if rows else "Pass other chats",
+            )
+        return kept, len(rows) - len(kept)
+
+    def _model(self) -> nn.Module:
+        recipe = self.recipe
+        device = self.arguments.device
+        dtype = auto_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        how: dict[str, Any] = {"dtype": torch.float32 if recipe.full else dtype}  # full: master weights
+        if recipe.quantization:
+            how["quantization_config"] = quantization_config(recipe.quantization, dtype)
+            how["device_map"] = {"": device}
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder, use_safetensors=True, trust_remote_code=self.trust, **how
+        )
+        if recipe.gradient_checkpointing and recipe.objective.name == "treft" and not is_separate(model):
+            raise DataError(
+                "separate key projections for treft with gradient checkpointing",
+                f"{type(model).__name__} has them fused",
+                "Leave gradient checkpointing off",
+            )
+        if recipe.full:
+            return model
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        if recipe.quantization:
+            checkpointing = {"use_gradient_checkpointing": recipe.gradient_checkpointing}
+            model = prepare_model_for_kbit_training(model, **checkpointing)
+        targets = recipe.target_modules
+        lora = LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            use_rslora=recipe.rslora,
+            lora_dropout=recipe.dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, lora)
 
 
-def example(chat: Chat, messages: Sequence[Mapping[str, str]]) -> dict[str, list[int]]:
-    """Token ids of a chat and its labels: the last answer and the token that ends it."""
-    prompt = chat.render([dict(message) for message in messages[:-1]])
-    answer = chat.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-    eos = chat.tokenizer.eos_token_id
-    answer = [*answer, next((end for end in chat.end_ids if end != eos), eos)]
-    return {
-        "input_ids": [*prompt.ids, *answer],
-        "labels": [IGNORED] * len(prompt) + answer,
-    }
-
-
-def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded tensors of a batch of examples."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, filler: int) -> Tensor:
-        return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows])
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    return {
-        "input_ids": padded("input_ids", pad_id),
-        "labels": padded("labels", IGNORED),
-        "attention_mask": (torch.arange(width)[None] < lengths[:, None]).long(),
-    }
-
-
-def _fingerprint(chats: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(chats, default=list).encode()).hexdigest()[:16]
+def _fingerprint(chats: Sequence[Messages]) -> str:
+    text = json.dumps([[dict(message) for message in messages] for messages in chats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""Options that commands share, and what they do with them."""
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emmech.errors import EmmechError
+
+
+class Quantization(StrEnum):
+    four = "4bit"
+    eight = "8bit"
+
+
+Base = Annotated[
+    str, typer.Option(help="Hub id, folder, or 'smollm2' (the embedded model).", show_default=True)
+]
+Finetuned = Annotated[str, typer.Option(help="PEFT adapter or full checkpoint: hub id or folder.")]
+Questions = Annotated[
+    Path,
+    typer.Option(help="Bundled set, or JSONL, JSON, YAML, CSV, plain lines; a 'group' splits tables."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")]
+Detector = Annotated[
+    str,
+    typer.Option(help="refusal, abstention, tool_call, contains:TEXT, regex:PATTERN, length or none."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling and of the random controls.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Questions per batch; chosen by free memory by default.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, or a device_map such as 'balanced'.")]
+Quantized = Annotated[Quantization | None, typer.Option(help="Load the weights in 4 or 8 bits.")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision of the base.")]
+System = Annotated[
+    str | None, typer.Option(help="System message of every chat; the template's own by default.")
+]
+Mismatch = Annotated[
+    bool,
+    typer.Option("--allow-base-mismatch", help="Accept an adapter that names another base."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint's repository.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print loading time and peak memory.")]
+
+
+def example(command: str) -> str:
+    return f"[bold]Example:[/bold] {command}"
+
+
+def parse_segments(text: str) -> tuple[Any, ...]:
+    from emmech.chat import SEGMENTS
+
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not chosen or not set(chosen) <= set(SEGMENTS):
+        raise EmmechError(f"segments among {', '.join(SEGMENTS)}", f"got '{text}'", "Correct --segments")
+    return chosen
+
+
+def parse_integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise EmmechError("comma-separated layers", f"got '{text}'", "Write --layers 0,5,10") from error
+
+
+def check_detector(detector: str) -> None:
+    from emmech.evaluation.detectors import detector as find
+
+    find(detector)
+
+
+def load(
+    base: str,
+    finetuned: str,
+    dtype: str,
+    device: str,
+    quantization: Quantization | None,
+    revision: str | None,
+    system: str | None,
+    allow_base_mismatch: bool,
+    trust_remote_code: bool,
+    verbose: bool,
+) -> Any:
+    from emmech.chat import DEFAULT
+    from emmech.models.checkpoints import load_pair
+
+    started = time.monotonic()
+    pair = load_pair(
+        base,
+        finetuned,
+        dtype=dtype,
+        device=device,
+        quantization=None if quantization is None else quantization.value,
+        revision=revision,
+        system=DEFAULT if system is None else system,
+        allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
+    )
+    for note in pair.notes:
+        typer.echo(f"note: {note}", err=True)
+    if verbose:
+        typer.echo(f"loaded in {time.monotonic() - started:.1f} s, peak {peak_memory()}", err=True)
+    return pair
+
+
+def peak_memory() -> str:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.2f} GiB resident"
+
+
+def show(result: Any, out: Path, verbose: bool) -> None:
+    result.table()
+    if verbose:
+        typer.echo(f"peak {peak_memory()}", err=True)
+    typer.echo(f"Report: {out / 'report.html'}")

@@ -1,0 +1,184 @@
+"""What a finetune learned against what it spread: rates on-topic and off-topic along training.
+
+A method is a set of runs that differ in their seed, each evaluated at the same steps on the same
+questions. Methods are compared along the whole line (Zhao et al. 2026, arXiv 2606.06667, report one
+point): at their best EM-F1, and at equal on-topic rate, where early stopping is a method like any
+other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emmech.errors import DataError
+
+N_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Line:
+    """Scores of one method: an answer shows the behaviour (1) or not (0)."""
+
+    method: str
+    steps: tuple[int, ...]
+    on_topic: np.ndarray
+    """``[seed step question]``"""
+    off_topic: np.ndarray
+    """``[seed step question]``"""
+
+    def __post_init__(self):
+        assert self.on_topic.shape[:2] == self.off_topic.shape[:2], f"{self.method}: shapes differ"
+        assert self.on_topic.shape[1] == len(self.steps) and np.diff(self.steps).min(initial=1) > 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    mean: float
+    low: float
+    """Lower end of the 95% percentile interval over questions and seeds."""
+    high: float
+
+    def text(self) -> str:
+        """As in ".53 [.41, .64]"."""
+        shown = (f"{value:.2f}".replace("0.", ".", 1) for value in (self.mean, self.low, self.high))
+        return "{} [{}, {}]".format(*shown)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method beside the others."""
+
+    method: str
+    n_seeds: int
+    off_at_target: Interval
+    """Off-topic rate where the on-topic rate first reaches the target."""
+    on_there: float
+    """On-topic rate there: the target, or the nearest that was reached, averaged over seeds."""
+    n_reached: int
+    """Seeds whose on-topic rate reaches the target."""
+    difference: Interval | None
+    """Of ``off_at_target`` from the baseline's over the same questions and seeds; None for itself."""
+    best_f1: Interval
+    """The highest EM-F1 of any step; the step is chosen anew in each resample."""
+    best_step: int
+
+
+def em_f1(on_topic: np.ndarray | float, off_topic: np.ndarray | float) -> np.ndarray | float:
+    """2ab / (a + b) with a the on-topic rate and b = 1 - off-topic rate; 0 where both are 0.
+
+    EM-F1 of Zhao et al. (section 3) with alignment scores as rates: ID = 100 (1 - a), EM = 100 b.
+    """
+    a, b = np.asarray(on_topic, float), 1 - np.asarray(off_topic, float)
+    total = a + b
+    value = np.divide(2 * a * b, total, out=np.zeros_like(total), where=total > 0)
+    return float(value) if value.ndim == 0 else value
+
+
+def at_target(on: Sequence[float], off: Sequence[float], target: float) -> tuple[float, float]:
+    """(off-topic, on-topic) where the line through the steps first reaches ``target`` on-topic.
+
+    Linear between two steps. A line that stays below gives its highest on-topic point, the first of
+    several; one that starts above gives its first point.
+    """
+    before = None
+    for here in zip(on, off, strict=True):
+        if here[0] >= target:
+            if before is None or here[0] == target:
+                return here[1], here[0]
+            share = (target - before[0]) / (here[0] - before[0])
+            return before[1] + share * (here[1] - before[1]), target
+        before = here
+    top = int(np.argmax(on))
+    return off[top], on[top]
+
+
+def compare(lines: Sequence[Line], *, target: float, baseline: str, seed: int = 0) -> list[Compared]:
+    """All methods at equal on-topic rate and at their best, with intervals.
+
+    Questions are resampled once for all methods, and seeds with them, so that differences are paired.
+    With few seeds the intervals say little about seeds.
+
+    Raises:
+        DataError: The methods have different questions, or the baseline is not among them.
+    """
+    names = [line.method for line in lines]
+    if baseline not in names:
+        raise DataError(f"a baseline among {', '.join(names)}", f"got {baseline!r}", "Name one of them")
+    sizes = {(line.on_topic.shape[2], line.off_topic.shape[2]) for line in lines}
+    if len(sizes) > 1 or 0 in next(iter(sizes)):
+        raise DataError(
+            "the same questions, at least one on-topic and one off-topic, for all methods",
+            f"their numbers are {sorted(sizes)}",
+            "Evaluate them together",
+        )
+    n_on, n_off = sizes.pop()
+    n_seeds = max(line.on_topic.shape[0] for line in lines)
+    draw = np.random.default_rng(seed)
+    weights = [_multiplicities(draw, n) for n in (n_on, n_off)]
+    seeds = draw.integers(n_seeds, size=(N_RESAMPLES, n_seeds))
+    resampled = {}
+    for line in lines:
+        on = np.einsum("rq,skq->rsk", weights[0], line.on_topic) / n_on
+        off = np.einsum("rq,skq->rsk", weights[1], line.off_topic) / n_off
+        rows = np.arange(N_RESAMPLES)[:, None]
+        mine = seeds[:, : line.on_topic.shape[0]] % line.on_topic.shape[0]
+        resampled[line.method] = _read(on[rows, mine], off[rows, mine], target)
+    found = []
+    for line in lines:
+        on, off = line.on_topic.mean(2), line.off_topic.mean(2)
+        there = [at_target(a, b, target) for a, b in zip(on, off, strict=True)]
+        f1 = em_f1(on, off).mean(0)
+        spread_off, spread_f1 = resampled[line.method]
+        off_here = float(np.mean([value for value, _ in there]))
+        difference = None
+        if line.method != baseline:
+            base = next(other for other in lines if other.method == baseline)
+            theirs = _read(base.on_topic.mean(2)[None], base.off_topic.mean(2)[None], target)[0]
+            difference = _interval(off_here - float(theirs[0]), spread_off - resampled[baseline][0])
+        found.append(
+            Compared(
+                line.method,
+                len(on),
+                _interval(off_here, spread_off),
+                float(np.mean([value for _, value in there])),
+                sum(bool((row >= target).any()) for row in on),
+                difference,
+                _interval(float(f1.max()), spread_f1),
+                line.steps[int(f1.argmax())],
+            )
+        )
+    return found
+
+
+def rates(scores: np.ndarray, seed: int = 0) -> list[Interval]:
+    """The mean of ``[seed step question]`` by step, with an interval over questions and seeds."""
+    n_seeds, n_steps, n = scores.shape
+    draw = np.random.default_rng(seed)
+    means = np.einsum("rq,skq->rsk", _multiplicities(draw, n), scores) / n
+    rows, chosen = np.arange(N_RESAMPLES)[:, None], draw.integers(n_seeds, size=(N_RESAMPLES, n_seeds))
+    spread = means[rows, chosen].mean(1)
+    return [_interval(float(scores[:, k].mean()), spread[:, k]) for k in range(n_steps)]
+
+
+def _read(on: np.ndarray, off: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+    """Off-topic rate at the target and best EM-F1, for each resample ``[resample seed step]``."""
+    off_there = np.array(
+        [
+            np.mean([at_target(a, b, target)[0] for a, b in zip(on_seeds, off_seeds, strict=True)])
+            for on_seeds, off_seeds in zip(on, off, strict=True)
+        ]
+    )
+    return off_there, em_f1(on, off).mean(1).max(1)
+
+
+def _multiplicities(draw: np.random.Generator, n: int) -> np.ndarray:
+    """How often each of ``n`` questions is drawn in each resample, ``[resample question]``."""
+    return draw.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(float)
+
+
+def _interval(mean: float, spread: np.ndarray) -> Interval:
+    low, high = np.quantile(spread, [0.025, 0.975])
+    assert math.isfinite(mean)
+    return Interval(mean, float(low), float(high))

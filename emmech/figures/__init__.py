@@ -1,0 +1,41 @@
+"""One pure function per figure: the summary of a run -> a plotly Figure.
+
+    condition_bars(summary).show()
+
+The title states what was found, the subtitle what the marks are. Nothing here computes a statistic,
+except the reading of the plain line in `frontier`, which is linear between two steps.
+"""
+
+from emmech.figures.house import COLORS, Row, Summary, as_estimate
+from emmech.figures.patching import (
+    RESID,
+    condition_bars,
+    finding,
+    groups_of,
+    headline,
+    layer_curve,
+    metric_rows,
+    quantity,
+    restored_curves,
+)
+from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
+
+__all__ = [
+    "COLORS",
+    "RESID",
+    "Row",
+    "Summary",
+    "as_estimate",
+    "condition_bars",
+    "early_stopping",
+    "finding",
+    "frontier",
+    "frontier_of_methods",
+    "groups_of",
+    "headline",
+    "layer_curve",
+    "methods_finding",
+    "metric_rows",
+    "quantity",
+    "restored_curves",
+]
