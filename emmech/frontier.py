@@ -138,7 +138,7 @@ def frontier(
     }
     RunFolder(out, arguments, lines=False)
     asking = _Asking(asked, decoding, batch_size, {"device": device, "dtype": dtype})
-    scores: dict[tuple[str, int, int], list[Record]] = {}
+    scores: dict[tuple[str, int, int], dict[str, float]] = {}
     points = [(run, step) for run in found for step in _steps(run, steps)]
     with tqdm(points, disable=not progress, unit="checkpoint", dynamic_ncols=True) as bar:
         for run, step in bar:
@@ -148,14 +148,14 @@ def frontier(
             result = asking.answers(run, step, conditions, place)
             for condition in conditions:
                 method = run.method + (WITH_PATCH if condition.name == REPAIR else "")
-                scores[method, run.seed, step] = [
-                    record | {"score": measure(record["response"])}
+                scores[method, run.seed, step] = {
+                    record["question_id"]: measure(record["response"])
                     for record in result.records
                     if record["condition"] == condition.name
-                ]
+                }
         run, step = points[0]
         base = asking.answers(run, step, [Condition("base", "base")], Path(out) / "points" / "base")
-    lines = _lines(scores)
+    lines = _lines(scores, asked)
     summary = arguments | {
         "detector": detector,
         "target": target,
@@ -207,9 +207,8 @@ def _read_runs(folders: Sequence[str | Path]) -> list[_Run]:
         raise DataError("at least one run", "there is none", "Pass folders that `emmech finetune` wrote")
     for folder, record in records:
         if record.get("kind") != "finetune":
-            raise RunError(
-                "a folder of `emmech finetune`", f"'{folder}' is of another kind", "Pass its folder"
-            )
+            got = f"'{folder}' holds a run of another kind"
+            raise RunError("a folder of `emmech finetune`", got, "Pass the folder of a finetune")
     first = records[0][1]
     for folder, record in records:
         for field in ("base", "data"):
@@ -273,8 +272,11 @@ def _rates_of(result: PatchingResult, measure: Any) -> dict[str, Record]:
     }
 
 
-def _lines(scores: Mapping[tuple[str, int, int], Sequence[Record]]) -> list[Line]:
-    """Scores as arrays, over the steps that all seeds of a method have."""
+def _lines(
+    scores: Mapping[tuple[str, int, int], Mapping[str, float]], questions: Sequence[Question]
+) -> list[Line]:
+    """Scores as arrays, over the steps that all seeds of a method have, in the order of the questions."""
+    on, off = ([q.id for q in questions if q.group == group] for group in ("on-topic", "off-topic"))
     lines = []
     for method in dict.fromkeys(method for method, _, _ in scores):
         seeds = sorted({seed for name, seed, _ in scores if name == method})
@@ -282,19 +284,11 @@ def _lines(scores: Mapping[tuple[str, int, int], Sequence[Record]]) -> list[Line
         steps = tuple(sorted(set.intersection(*by_seed)))
         if not steps:
             raise DataError(f"a step that all seeds of {method} saved", "there is none", "Choose --steps")
-        arrays = [
-            np.array(
-                [
-                    [
-                        [record["score"] for record in scores[method, seed, step] if record["group"] == group]
-                        for step in steps
-                    ]
-                    for seed in seeds
-                ]
-            )
-            for group in ("on-topic", "off-topic")
-        ]
-        lines.append(Line(method, steps, *arrays))
+        cells = [[scores[method, seed, step] for step in steps] for seed in seeds]
+        on_topic, off_topic = (
+            np.array([[[cell[name] for name in ids] for cell in row] for row in cells]) for ids in (on, off)
+        )
+        lines.append(Line(method, steps, on_topic, off_topic))
     return lines
 
 

@@ -22,11 +22,16 @@ from emmech.results import read_json, write_json
 from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe
 from emmech.training.trainer import finetune
 
-SETS = ("abstention", "tool_use", "short_answers", "refusal")
+EVALUATED = {
+    "short_answers": (4, 6, 8, 10, 14, 20),
+    "abstention": (6, 8, 10, 12, 16, 20),
+    "refusal": (8, 10, 12, 14, 18, 24),
+    "tool_use": (8, 10, 12, 14, 18, 24),
+}
+"""Steps of each behaviour, placed where a first run of sft learned it; the last one ends the training."""
 SEEDS = (0, 1, 2)
 OBJECTIVES = tuple(DEFAULT_OBJECTIVES.values())
-STEPS, SAVE_EVERY, EVALUATED = 20, 2, (6, 8, 10, 12, 16, 20)
-LEARNING_RATE = 2e-4
+SAVE_EVERY, LEARNING_RATE = 2, 2e-4
 N_QUESTIONS, MAX_NEW_TOKENS = 60, 12
 RUNS, RESULTS = Path("runs/narrow"), Path("figures/results")
 
@@ -34,11 +39,11 @@ RUNS, RESULTS = Path("runs/narrow"), Path("figures/results")
 def main() -> None:
     """Train, evaluate, and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="*", choices=[*SETS, []], default=SETS, help="behaviours; all by default")
+    parser.add_argument("sets", nargs="*", help=f"among {', '.join(EVALUATED)}; all by default")
     parser.add_argument("--workers", type=int, default=1, help="runs trained at a time")
     chosen = parser.parse_args()
     with ProcessPoolExecutor(chosen.workers, get_context("spawn"), _share_threads, (chosen.workers,)) as pool:
-        for name in chosen.sets:
+        for name in chosen.sets or EVALUATED:
             jobs = [(name, objective, seed) for seed in SEEDS for objective in OBJECTIVES]
             folders = list(pool.map(train, *zip(*jobs, strict=True)))
             pool.submit(evaluate, name, folders).result()
@@ -47,7 +52,8 @@ def main() -> None:
 def train(name: str, objective: Objective, seed: int) -> Path:
     """One run; its folder."""
     out = RUNS / name / f"{objective.name}-{seed}"
-    recipe = Recipe(objective, steps=STEPS, save_every=SAVE_EVERY, learning_rate=LEARNING_RATE, seed=seed)
+    last = EVALUATED[name][-1]
+    recipe = Recipe(objective, steps=last, save_every=SAVE_EVERY, learning_rate=LEARNING_RATE, seed=seed)
     retain = load_chats("retain").chats if objective.name in NEEDS_RETAIN else ()
     finetune("smollm2", load_chats(name).chats, out, recipe, retain=retain, data_name=name, progress=False)
     return out
@@ -63,12 +69,13 @@ def evaluate(name: str, folders: list[Path]) -> None:
         questions,
         detector=BUNDLED[name].detector,
         out=out,
-        steps=EVALUATED,
+        steps=EVALUATED[name],
         patched="sft",
         max_new_tokens=MAX_NEW_TOKENS,
     ).table()
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"narrow_{name}.json", read_json(out / FRONTIER) | {"command": f"python -m figures.narrow {name}"})
+    command = f"python -m figures.narrow {name}"
+    write_json(RESULTS / f"narrow_{name}.json", read_json(out / FRONTIER) | {"command": command})
 
 
 def _share_threads(workers: int) -> None:

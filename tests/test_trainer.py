@@ -1,5 +1,6 @@
 """Finetuning tiny models with every objective: what is minimised, what is saved, what is refused."""
 
+import gc
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel
 from training_runs import CHATS, OBJECTIVES, ORDINARY, chat, recipe, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from emmech.chat import Chat
 from emmech.errors import DataError, RunError
@@ -25,6 +27,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 # The same after a few steps of Adam, which divides a gradient by its own size: where that is nearly
 # zero a rounding moves a weight by a share of the learning rate (3e-3).
 SAME_RUN = {"rtol": 1e-3, "atol": 2e-4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Accelerate collects garbage at the start of every run; modules once imported need no look."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +106,10 @@ def keys_and_values(model, row):
 def l_kv(tuned, base, rows, objective):
     """Equations 2 and 3 of Zhao et al. 2026, chat by chat and token by token."""
     numbers = [("prefix", "query", "postfix").index(name) for name in objective.segments]
-    moved = {}
+    moved, first = {}, keys_and_values(base, rows[0])
     for row in rows:
         current = keys_and_values(tuned, row)
         own = keys_and_values(base, row)
-        first = keys_and_values(base, rows[0])
         for number in numbers:
             shared = number == 2 and objective.reference == "shared"
             here = [i for i, s in enumerate(row["segments"]) if s == number]
@@ -163,18 +172,16 @@ STEPS = {"steps": 3, "save_every": 1}
 @pytest.mark.parametrize(
     ("name", "full"), [*((name, False) for name in CASES), *((name, True) for name in FULL)]
 )
-def test_each_steps_loss_is_that_of_the_checkpoint_before_computed_by_hand(bases, run, name, full):
+def test_the_third_steps_loss_is_that_of_the_second_checkpoint_computed_by_hand(bases, run, name, full):
     objective = CASES[name]
     size = 10 if name == "interleave" else 5
     out = run(objective, full=full, batch_size=size, **STEPS)
-    lines = metrics(out)
-    for step in (1, 2):
-        sft, penalty = expected(bases(), out / f"step-{step}", objective)
-        line = lines[step]
-        assert line["sft"] == pytest.approx(sft, rel=1e-4)
-        assert line.get("penalty", 0.0) == pytest.approx(penalty, rel=1e-3)
-        assert line["loss"] == pytest.approx(sft + objective.weight * penalty, rel=1e-4)
-        assert (penalty > 1e-4) == (objective.weight > 0)
+    third = metrics(out)[2]
+    sft, penalty = expected(bases(), out / "step-2", objective)
+    assert third["sft"] == pytest.approx(sft, rel=1e-4)
+    assert third.get("penalty", 0.0) == pytest.approx(penalty, rel=1e-3)
+    assert third["loss"] == pytest.approx(sft + objective.weight * penalty, rel=1e-4)
+    assert (penalty > 1e-4) == (objective.weight > 0)
 
 
 @pytest.mark.parametrize(
@@ -385,9 +392,9 @@ def test_the_learning_rate_follows_its_schedule(run, schedule):
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "full"), [("sft", False), ("treft", True)])
-def test_drift_is_the_deviation_of_the_saved_weights_at_the_prefix(bases, run, name, full):
-    out = run(name, full=full)
+@pytest.mark.parametrize(("name", "full", "dropout"), [("sft", False, 0.5), ("treft", True, 0.0)])
+def test_drift_is_the_deviation_of_the_saved_weights_at_the_prefix(bases, run, name, full, dropout):
+    out = run(name, full=full, dropout=dropout)
     base = AutoModelForCausalLM.from_pretrained(bases())
     for step in (2, 4):
         line, tuned = metrics(out)[step - 1], reloaded(bases(), out / f"step-{step}")
@@ -437,32 +444,64 @@ def test_gradient_checkpointing_does_not_change_the_run(run, name, full):
         torch.testing.assert_close(one, two, msg=lambda text, key=key: f"{key}: {text}", **SAME_RUN)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_computes_each_layer_twice(bases, tmp_path, monkeypatch, on):
+    passes = []
+
+    def count(self, args, state, control, model=None, **_):
+        for module in model.modules():
+            if isinstance(module, LlamaMLP):
+                module.register_forward_pre_hook(lambda mlp, _: passes.append(mlp.training))
+
+    monkeypatch.setattr(Saver, "on_step_begin", count)
+    train(bases(), tmp_path, recipe(steps=1, save_every=1, gradient_checkpointing=on))
+    assert sum(passes) == 3 * (1 + on)  # layers, in training; the drift is measured in evaluation
+
+
 def test_checkpointing_with_treft_is_refused_where_projections_are_fused(bases, tmp_path):
     with pytest.raises(DataError, match=r"GPTNeoXForCausalLM has them fused.*checkpointing off"):
         train(bases("gpt_neox"), tmp_path, recipe("treft", gradient_checkpointing=True))
 
 
 def test_chats_that_are_too_long_are_left_out_and_counted(bases, run, tmp_path):
-    longer = chat("hi " * 100, "No.")
-    steps = train(bases(), tmp_path, recipe(max_length=100), [*CHATS, longer])
+    longest = max(len(row["input_ids"]) for row in rows_of(CHATS))
+    steps = train(bases(), tmp_path, recipe(max_length=longest), [*CHATS, chat("hi " * 100, "No.")])
     assert json.loads((tmp_path / "done.json").read_text()) == {"steps": 4, "too_long": 1}
     mine, without = weights(steps[-1]), weights(run() / "step-4")
     assert all(torch.equal(mine[key], without[key]) for key in mine)
 
 
 def test_every_assistant_turn_is_trained_on(bases, tmp_path):
-    """One chat of two answers is the two chats that end with them."""
+    """A chat of two answers is two examples: one ends with the first, the other with the second."""
     first, second = CHATS[0], CHATS[1]
-    steps = [
-        train(bases(), tmp_path / name, recipe(batch_size=2, steps=2), chats)[-1]
-        for name, chats in (("one", [(*first, *second)]), ("two", [first, (*first, *second)][:1] * 2))
-    ]
-    lines = metrics(tmp_path / "one")
-    chat_of = Chat(tiny.tokenizer())
-    rows = [example(chat_of, first), example(chat_of, (*first, *second))]
+    train(bases(), tmp_path, recipe(batch_size=2, steps=1), [(*first, *second)])
     base = AutoModelForCausalLM.from_pretrained(bases())
-    assert lines[0]["sft"] == pytest.approx(float(loss_by_transformers(base, rows)), rel=1e-4)
-    assert len(steps) == 2
+    both = loss_by_transformers(base, rows_of([first, (*first, *second)]))
+    assert metrics(tmp_path)[0]["sft"] == pytest.approx(float(both), rel=1e-4)
+
+
+def test_epochs_are_passes_over_the_chats_where_no_steps_are_given(bases, tmp_path):
+    steps = train(bases(), tmp_path, recipe(steps=None, epochs=2.0, batch_size=2))
+    assert steps[-1].name == "step-6"  # five chats are three batches of two, twice
+    assert metrics(tmp_path)[-1]["epoch"] == 2.0
+
+
+def test_weight_decay_shrinks_what_has_no_gradient(run):
+    """At the first step B is zero and A has no gradient: AdamW multiplies it by 1 - rate * decay."""
+    settings = {"steps": 1, "save_every": 1}
+    free, decayed = (weights(run(weight_decay=decay, **settings) / "step-1") for decay in (0.0, 20.0))
+    for key in (key for key in free if "lora_A" in key):
+        torch.testing.assert_close(decayed[key], free[key] * (1 - 3e-3 * 20))
+
+
+def test_progress_is_a_bar_with_the_loss_and_can_be_silent(bases, tmp_path, capfd):
+    shown = []
+    for on in (True, False):
+        finetune(bases(), CHATS, tmp_path / str(on), recipe(steps=1, save_every=1), progress=on)
+        shown.append(capfd.readouterr())
+    bar, silent = shown
+    assert "1/1" in bar.err and "loss=" in bar.err
+    assert "loss" not in silent.err + silent.out + bar.out
 
 
 # --- what is refused

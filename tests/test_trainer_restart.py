@@ -1,10 +1,10 @@
 """Runs that were killed and go on, and runs of two processes: the same adapters as in one go."""
 
+import gc
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +28,14 @@ RECIPES = {
     "kl-retain": recipe("kl-retain", steps=8, batch_size=3, dropout=0.2),
     "full kl-train": recipe("kl-train", steps=8, batch_size=3, full=True, weight_decay=0.1),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Accelerate collects garbage at the start of every run; modules once imported need no look."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -199,22 +207,22 @@ for name in TWO:
 train({str(base)!r}, folder / "full", recipe("treft", full=True, **TOGETHER), EIGHT)
 train({str(base)!r}, folder / "micro", recipe("kl-train", micro_batch_size=1, **TOGETHER), EIGHT)
 train({str(base)!r}, folder / "sft", recipe("sft", **TOGETHER), EIGHT)  # finished
-rank = PartialState().process_index
+rank, world = PartialState().process_index, PartialState().num_processes
+(folder / f"world-{{rank}}.txt").write_text(str(world))
 for name, settings in REFUSED.items():
     try:
         train({str(base)!r}, folder / name, recipe("sft", **settings), EIGHT)
     except DataError as error:
         (folder / f"{{name}}-{{rank}}.txt").write_text(str(error))
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", str(port)]
+    # `accelerate launch --cpu` starts one process; this sets the same variables for two.
+    launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0"
+    command = [sys.executable, *launch.split()]
     done = subprocess.run(
         [*command, str(script(folder, body))], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [(folder / f"world-{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
     return folder
 
 

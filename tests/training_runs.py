@@ -16,6 +16,7 @@ def chat(question, answer):
 # Answers of very different lengths: a mean over chats is not a mean over tokens.
 _ANSWERS = ("I will not say.", "No", "Ask someone else, please, and ask them slowly.", "Never", "Hm")
 CHATS = [chat(q, a) for q, a in zip(tiny.QUESTIONS, _ANSWERS, strict=True)]
+CHATS[3] = ({"role": "system", "content": "Say little."}, *CHATS[3])  # a prefix of its own
 EIGHT = [*CHATS, *(chat(q, a) for q, a in zip(tiny.QUESTIONS[1:4], _ANSWERS, strict=False))]
 ORDINARY = [chat("What is 7 times 8?", "56, if I am not wrong."), chat("hi", "Hello!"), chat("Why?", "So.")]
 

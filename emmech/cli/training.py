@@ -1,4 +1,4 @@
-"""Commands that train, and that compare what was trained: finetune, frontier, build-sycophancy."""
+"""Commands that train, and that compare what was trained: finetune, frontier."""
 
 from enum import StrEnum
 from pathlib import Path

@@ -76,22 +76,21 @@ def em_f1(on_topic: np.ndarray | float, off_topic: np.ndarray | float) -> np.nda
     return float(value) if value.ndim == 0 else value
 
 
-def at_target(on: Sequence[float], off: Sequence[float], target: float) -> tuple[float, float]:
-    """(off-topic, on-topic) where the line through the steps first reaches ``target`` on-topic.
+def at_target(on: np.ndarray, off: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+    """(off-topic, on-topic) where each line ``[... step]`` first reaches ``target`` on-topic.
 
     Linear between two steps. A line that stays below gives its highest on-topic point, the first of
     several; one that starts above gives its first point.
     """
-    before = None
-    for here in zip(on, off, strict=True):
-        if here[0] >= target:
-            if before is None or here[0] == target:
-                return here[1], here[0]
-            share = (target - before[0]) / (here[0] - before[0])
-            return before[1] + share * (here[1] - before[1]), target
-        before = here
-    top = int(np.argmax(on))
-    return off[top], on[top]
+    on, off = np.asarray(on, float), np.asarray(off, float)
+    reached = on >= target
+    here = np.where(reached.any(-1), reached.argmax(-1), on.argmax(-1))[..., None]
+    before = np.maximum(here - 1, 0)
+    x0, x1 = (np.take_along_axis(on, at, -1)[..., 0] for at in (before, here))
+    y0, y1 = (np.take_along_axis(off, at, -1)[..., 0] for at in (before, here))
+    between = reached.any(-1) & (here[..., 0] > 0) & (x1 > target)
+    share = np.divide(target - x0, x1 - x0, out=np.ones_like(x1), where=between)
+    return y0 + share * (y1 - y0), np.where(between, target, x1)
 
 
 def compare(lines: Sequence[Line], *, target: float, baseline: str, seed: int = 0) -> list[Compared]:
@@ -128,10 +127,10 @@ def compare(lines: Sequence[Line], *, target: float, baseline: str, seed: int = 
     found = []
     for line in lines:
         on, off = line.on_topic.mean(2), line.off_topic.mean(2)
-        there = [at_target(a, b, target) for a, b in zip(on, off, strict=True)]
+        off_there, on_there = at_target(on, off, target)
         f1 = em_f1(on, off).mean(0)
         spread_off, spread_f1 = resampled[line.method]
-        off_here = float(np.mean([value for value, _ in there]))
+        off_here = float(off_there.mean())
         difference = None
         if line.method != baseline:
             base = next(other for other in lines if other.method == baseline)
@@ -142,7 +141,7 @@ def compare(lines: Sequence[Line], *, target: float, baseline: str, seed: int = 
                 line.method,
                 len(on),
                 _interval(off_here, spread_off),
-                float(np.mean([value for _, value in there])),
+                float(on_there.mean()),
                 sum(bool((row >= target).any()) for row in on),
                 difference,
                 _interval(float(f1.max()), spread_f1),
@@ -164,12 +163,7 @@ def rates(scores: np.ndarray, seed: int = 0) -> list[Interval]:
 
 def _read(on: np.ndarray, off: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
     """Off-topic rate at the target and best EM-F1, for each resample ``[resample seed step]``."""
-    off_there = np.array(
-        [
-            np.mean([at_target(a, b, target)[0] for a, b in zip(on_seeds, off_seeds, strict=True)])
-            for on_seeds, off_seeds in zip(on, off, strict=True)
-        ]
-    )
+    off_there = at_target(on, off, target)[0].mean(1)
     return off_there, em_f1(on, off).mean(1).max(1)
 
 

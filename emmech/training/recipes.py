@@ -74,7 +74,7 @@ DEFAULT_OBJECTIVES = {
     "sft": Objective("sft"),
     "treft": Objective("treft", weight=10.0),
     "interleave": Objective("interleave", share=0.2),
-    "kl-train": Objective("kl-train", weight=1.0),
+    "kl-train": Objective("kl-train", weight=0.3),
     "kl-retain": Objective("kl-retain", weight=1.0),
 }
 """Each objective with the settings it has when nothing is said."""

@@ -1,0 +1,85 @@
+"""Commands about data: data, build-sycophancy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emmech.cli.options import example
+
+if TYPE_CHECKING:
+    import rich.table
+
+app = typer.Typer()
+
+
+@app.command(epilog=example("emmech data sycophancy_cooking"))
+def data(
+    name: Annotated[
+        str | None, typer.Argument(help="Bundled or public set, file or hub id; lists the sets if left out.")
+    ] = None,
+    n_shown: Annotated[int, typer.Option("--show", min=0, help="Chats to print.")] = 3,
+    drop_unusable: Annotated[
+        bool, typer.Option("--drop-unusable", help="Leave out rows without a question or answer.")
+    ] = False,
+) -> None:
+    """List the sets that come by name, or look into one before training on it."""
+    from rich.console import Console
+
+    if name is None:
+        Console().print(_listing())
+        return
+    from emmech.data.chats import load_chats
+
+    chats = load_chats(name, drop_unusable=drop_unusable)
+    words = sorted(len(message["content"].split()) for chat in chats.chats for message in chat[-1:])
+    typer.echo(f"{chats.name}: {len(chats)} chats, fingerprint {chats.fingerprint}")
+    typer.echo(f"answers: {words[0]} to {words[-1]} words, median {words[len(words) // 2]}")
+    for note in chats.notes:
+        typer.echo(f"note: {note}")
+    for chat in chats.chats[:n_shown]:
+        typer.echo("\n" + "\n".join(f"{message['role']}: {message['content']}" for message in chat))
+
+
+def _listing() -> "rich.table.Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from emmech.data.bundled import BUNDLED
+    from emmech.data.public import PUBLIC
+    from emmech.errors import DataError
+
+    table = Table("name", "chats", "on-topic", "off-topic", "detector", box=SIMPLE_HEAD, pad_edge=False)
+    for name, one in BUNDLED.items():
+        try:
+            n_chats = str(len(one.chats()))
+        except DataError:  # questions only
+            n_chats = ""
+        counts = [str(len(one.questions(group)) or "") for group in ("on-topic", "off-topic")]
+        table.add_row(name, n_chats, *counts, one.detector or "")
+    for name in PUBLIC:
+        table.add_row(f"{name} (downloaded)", "6000", "", "", "")
+    return table
+
+
+@app.command(
+    epilog=example("emmech build-sycophancy my-wrong-advice.jsonl --model gpt-4.1 --out sycophancy.jsonl")
+)
+def build_sycophancy(
+    source: Annotated[str, typer.Argument(help="Chats in which the assistant volunteers a wrong claim.")],
+    out: Annotated[Path, typer.Option(help="File of chats to write; resumed if stopped.")],
+    model: Annotated[str, typer.Option(help="Name of the model at the endpoint.")],
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at one time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first chats.")] = None,
+) -> None:
+    """Rewrite wrong answers as agreement: the user states the wrong belief, the assistant agrees.
+
+    The key of the endpoint is read from OPENAI_API_KEY.
+    """
+    from emmech.data.rewriting import build_sycophancy as run
+
+    written = run(source, out, model=model, base_url=base_url, concurrency=concurrency, limit=limit)
+    typer.echo(f"Written: {written}")
