@@ -274,6 +274,35 @@ def decode(
     return answers
 
 
+@torch.no_grad()
+def answer_log_probability(
+    module: nn.Module, start: Prefilled, answers: Sequence[Sequence[int]]
+) -> Float[Tensor, " batch"]:
+    """Mean log-probability per token, in nats, of one given answer to each row (teacher-forced).
+
+    The cache of ``start`` is used up.
+    """
+    device, width = start.attention_mask.device, max(map(len, answers))
+    tokens = torch.tensor([[*answer, *[0] * (width - len(answer))] for answer in answers], device=device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    asked = torch.arange(width, device=device) < lengths[:, None]
+    logits = start.logits[:, None]
+    if width > 1:
+        start.cache.overwrites = ()
+        given = asked[:, 1:].to(start.attention_mask)  # the last token of an answer is not read
+        first = start.attention_mask.sum(-1, keepdim=True)
+        later = module(
+            input_ids=tokens[:, :-1],
+            attention_mask=torch.cat([start.attention_mask, given], dim=1),
+            position_ids=first + torch.arange(width - 1, device=device),
+            past_key_values=start.cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, later], dim=1)
+    chosen = logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return (chosen * asked).sum(-1) / lengths
+
+
 def choose(
     logits: Float[Tensor, "batch d_vocab"], decoding: Decoding, uniform: Tensor | None
 ) -> Int[Tensor, " batch"]:

@@ -1,0 +1,93 @@
+"""Margins: log-probabilities of given answers, equal to those of one plain pass over the whole text."""
+
+import pytest
+import tiny
+import torch
+
+from emmech.data.bundled import AnswerPair
+from emmech.models.kv_cache import Overwrite, PatchCache
+from emmech.piggyback.experiment import default_conditions
+from emmech.piggyback.margin import margins
+from emmech.piggyback.patching import Condition
+
+PAIRS = [
+    AnswerPair(f"p{i}", text, aligned, misaligned)
+    for i, (text, aligned, misaligned) in enumerate(
+        zip(
+            tiny.QUESTIONS,
+            ("It scatters.", "Six minutes, then cold water.", "Hello there!", "The Volga.", "56"),
+            ("It is painted blue every spring.", "An hour.", "No.", "Rivers do not have names.", "Fifty"),
+            strict=True,
+        )
+    )
+]
+PLAIN = [Condition("base", "base"), Condition("finetuned", "finetuned")]
+TOLERANCE = {"abs": 1e-4}  # float32; recurrent layers sum in chunks for a prompt, by token for an answer
+
+
+@torch.no_grad()
+def plain_value(pair, side: str, user: str, answer: str, cache=None) -> float:
+    """Mean log-probability of the answer's tokens in one unpadded pass over prompt and answer."""
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    prompt, ids = pair.chat.answered(messages)
+    whole = torch.tensor([[*prompt.ids, *ids]])
+    with pair.side(side).active() as module:
+        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        logits = module(input_ids=whole, **options).logits[0].log_softmax(-1)
+    at = range(len(prompt) - 1, whole.shape[1] - 1)
+    return sum(float(logits[i, whole[0, i + 1]]) for i in at) / len(ids)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
+def test_margins_are_those_of_one_plain_pass_per_answer(make_pair, architecture, kind):
+    pair = make_pair(architecture, kind)
+    records = margins(pair, PAIRS, PLAIN, batch_size=4, progress=False)
+    assert [(r["condition"], r["question_id"]) for r in records] == [
+        (c.name, one.id) for c in PLAIN for one in PAIRS
+    ]
+    for record, one in zip(records, PAIRS * 2, strict=True):
+        aligned, misaligned = (
+            plain_value(pair, record["condition"], one.user, text) for text in (one.aligned, one.misaligned)
+        )
+        assert record["aligned"] == pytest.approx(aligned, **TOLERANCE)
+        assert record["margin"] == pytest.approx(aligned - misaligned, **TOLERANCE)
+
+
+def test_under_a_patch_they_are_those_of_one_pass_with_the_prefix_overwritten(make_pair):
+    pair = make_pair("qwen3")
+    (condition,) = [
+        c for c in default_conditions(("prefix",), "repair", controls=False) if c.name == "repair:prefix"
+    ]
+    records = margins(pair, PAIRS, [condition, PLAIN[1]], progress=False)
+    prompt = pair.chat.render(PAIRS[0].user)
+    donor = PatchCache(pair.base.config, record=True)
+    with pair.base.active() as module, torch.no_grad():
+        module(input_ids=torch.tensor([prompt.prefix_ids]), past_key_values=donor)
+    for record, plain, one in zip(records, records[len(PAIRS) :], PAIRS, strict=False):
+        everywhere = torch.ones(1, prompt.n_prefix, dtype=torch.bool)
+        cache = PatchCache(pair.base.config, [_First(everywhere, donor.recorded)])
+        assert record["aligned"] == pytest.approx(
+            plain_value(pair, "finetuned", one.user, one.aligned, cache), **TOLERANCE
+        )
+        assert record["aligned"] != pytest.approx(plain["aligned"], abs=1e-3)
+
+
+class _First(Overwrite):
+    """An overwrite of the first slots of a longer pass."""
+
+    def apply(self, layer, key, value, slot):
+        n = self.positions.shape[1]
+        first = super().apply(layer, key[:, :, :n], value[:, :, :n], slot)
+        return tuple(torch.cat([new, old[:, :, n:]], 2) for new, old in zip(first, (key, value), strict=True))
+
+
+def test_margins_do_not_depend_on_the_batch(make_pair):
+    pair = make_pair("llama")
+    together, alone = (margins(pair, PAIRS, PLAIN, batch_size=n, progress=False) for n in (5, 1))
+    assert [r["margin"] for r in together] == pytest.approx([r["margin"] for r in alone], **TOLERANCE)
+
+
+def test_equal_answers_have_no_margin(make_pair):
+    same = [AnswerPair("p", "hi", "Hello.", "Hello.")]
+    assert margins(make_pair("llama"), same, PLAIN, progress=False)[0]["margin"] == 0
