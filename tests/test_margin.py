@@ -38,8 +38,11 @@ def plain_value(pair, side: str, user: str, answer: str, cache=None) -> float:
     return sum(float(logits[i, whole[0, i + 1]]) for i in at) / len(ids)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
+KINDS = [(name, kind) for name in tiny.CONFIGS for kind in ("lora", "full")]
+KINDS.remove(("qwen3_next", "lora"))  # peft looks for experts, which the tiny one has not
+
+
+@pytest.mark.parametrize(("architecture", "kind"), KINDS)
 def test_margins_are_those_of_one_plain_pass_per_answer(make_pair, architecture, kind):
     pair = make_pair(architecture, kind)
     records = margins(pair, PAIRS, PLAIN, batch_size=4, progress=False)
