@@ -19,15 +19,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from emmech.data.questions import load_demo
+from emmech.data.questions import load_demo, load_demo_chats
 from emmech.models.checkpoints import ModelPair, auto_dtype, load_pair
 from emmech.models.default import DEFAULT_MODEL, embedded_path
 from emmech.models.generation import Decoding, make_batch
 from emmech.piggyback.patching import Condition, KVPatch, patch_kv
 from emmech.piggyback.running import Job, Row, render_rows, run
 from emmech.results import versions
+from emmech.training.loop import arguments_of
+from emmech.training.objectives import IGNORED
+from emmech.training.recipes import DEFAULT_OBJECTIVES, Objective, Recipe
+from emmech.training.trainer import Run
 
 N_QUESTIONS, N_ALONE, NEW_TOKENS, REPEATS = 80, 20, 16, 3
+N_STEPS = 20
 REPAIR = Condition("repair:prefix", "finetuned", (KVPatch(("prefix",), "base"),))
 
 
@@ -52,6 +57,7 @@ def main() -> None:
                 scale=N_QUESTIONS / N_ALONE,
             ),
             memory(adapter),
+            treft_step(Path(folder)),
         ]
     for row in results:
         good = row["ratio"] >= row["aim"] if row["better"] == "higher" else row["ratio"] <= row["aim"]
@@ -173,6 +179,39 @@ def memory(adapter: Path) -> dict:
     ratios = [peak("pair") / peak("one") for _ in range(REPEATS)]
     name = "peak resident memory of loading and one forward pass, LoRA pair / one model"
     return entry(name, statistics.median(ratios), min(ratios), max(ratios), 1.05, "lower")
+
+
+def treft_step(folder: Path) -> dict:
+    """A step of TReFT over one of plain SFT: the same batches, forward, backward and optimiser."""
+    steps = [stepper(folder / name, DEFAULT_OBJECTIVES[name]) for name in ("sft", "treft")]
+    for step in steps:
+        step()  # warm up
+    times = [[timed(step) for step in steps] for _ in range(N_STEPS)]
+    ratio = statistics.median(b for _, b in times) / statistics.median(a for a, _ in times)
+    ratios = sorted(b / a for a, b in times)
+    quarter = N_STEPS // 4
+    name = (
+        f"a training step with TReFT on the prefix / one of plain SFT ({N_STEPS} steps, quartiles)"
+    )
+    return entry(name, ratio, ratios[quarter], ratios[-1 - quarter], 1.1, "lower")
+
+
+def stepper(out: Path, objective: Objective) -> Callable[[], object]:
+    """One optimiser step after another of a training run on the demonstration's chats."""
+    recipe = Recipe(objective, steps=10_000, save_every=10_000)
+    run = Run(DEFAULT_MODEL, out, recipe, arguments_of(recipe, out, ()), progress=False)
+    loop = run.loop(load_demo_chats(), ())
+    loop.create_optimizer()
+    loop.current_gradient_accumulation_steps = 1
+    batches = iter(loop.get_train_dataloader())
+
+    def step() -> None:
+        batch = next(batches)
+        loop.training_step(loop.model, batch, (batch["labels"] != IGNORED).sum())
+        loop.optimizer.step()
+        loop.model.zero_grad()
+
+    return step
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", help=f"among {', '.join(EVALUATED)}; all by default")
     parser.add_argument("--workers", type=int, default=1, help="runs trained at a time")
     chosen = parser.parse_args()
-    with ProcessPoolExecutor(chosen.workers, get_context("spawn"), _share_threads, (chosen.workers,)) as pool:
+    with ProcessPoolExecutor(chosen.workers, get_context("spawn"), share_threads, (chosen.workers,)) as pool:
         for name in chosen.sets or EVALUATED:
             jobs = [(name, objective, seed) for seed in SEEDS for objective in OBJECTIVES]
             folders = list(pool.map(train, *zip(*jobs, strict=True)))
@@ -78,7 +78,8 @@ def evaluate(name: str, folders: list[Path]) -> None:
     write_json(RESULTS / f"narrow_{name}.json", read_json(out / FRONTIER) | {"command": command})
 
 
-def _share_threads(workers: int) -> None:
+def share_threads(workers: int) -> None:
+    """Give each of several worker processes its part of torch's threads."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 

@@ -83,8 +83,8 @@ def finetune(
     with loop_arguments.main_process_first(local=False):
         RunFolder(out, arguments, lines=False)
     if not (out / DONE).exists():
-        run = _Run(str(base), out, recipe, loop_arguments, progress, trust_remote_code)
-        run.train(chats, retain)
+        how = {"progress": progress, "trust_remote_code": trust_remote_code}
+        Run(str(base), out, recipe, loop_arguments, **how).train(chats, retain)
     return saved_steps(out)
 
 
@@ -93,8 +93,8 @@ def metrics(run: str | Path) -> list[dict[str, Any]]:
     return read_lines(Path(run) / METRICS)
 
 
-class _Run:
-    """One training run from its inputs to its saved steps."""
+class Run:
+    """One training run: from its inputs to its loop, and to its saved steps."""
 
     def __init__(
         self,
@@ -102,18 +102,32 @@ class _Run:
         out: Path,
         recipe: Recipe,
         arguments: TrainingArguments,
-        progress: bool,
-        trust_remote_code: bool,
+        *,
+        progress: bool = True,
+        trust_remote_code: bool = False,
     ):
         self.base, self.out, self.recipe, self.arguments = base, out, recipe, arguments
         self.progress, self.trust = progress, trust_remote_code
         self.folder = locate(base)
         self.tokenizer = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
         self.chat = Chat(self.tokenizer)
+        self.checkpoint = last_whole_checkpoint(out)
+        self.n_too_long = 0
 
     def train(self, chats: Sequence[Messages], retain: Sequence[Messages]) -> None:
+        """Train to the end, from the last whole checkpoint if there is one."""
+        loop = self.loop(chats, retain)
+        loop.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        if loop.is_world_process_zero():
+            # Done first: killed while deleting, half a checkpoint would pass for a whole one.
+            write_json(self.out / DONE, {"steps": loop.state.global_step, "too_long": self.n_too_long})
+            shutil.rmtree(self.out / "checkpoints")  # optimiser states
+        loop.accelerator.wait_for_everyone()
+
+    def loop(self, chats: Sequence[Messages], retain: Sequence[Messages]) -> Loop:
+        """The training loop over these chats, before its first step."""
         recipe = self.recipe
-        rows, n_long = self._examples(chats)
+        rows, self.n_too_long = self._examples(chats)
         ordinary, _ = self._examples(retain) if retain else ([], 0)
         if recipe.objective.name == "interleave":
             rows = interleave(rows, ordinary, recipe.objective.share, recipe.seed)
@@ -121,17 +135,10 @@ class _Run:
             rows = [row | {"retain": ordinary[i % len(ordinary)]} for i, row in enumerate(rows)]
         set_seed(recipe.seed)
         model = self._model()
-        checkpoint = last_whole_checkpoint(self.out)
         tokenizer = self.tokenizer if recipe.full else None
-        saver = Saver(self.out, self.base, tokenizer, resumed_at=checkpoint)
+        saver = Saver(self.out, self.base, tokenizer, resumed_at=self.checkpoint)
         pad_id = self.tokenizer.pad_token_id or 0
-        loop = Loop(model, rows, recipe, self.arguments, saver, pad_id=pad_id, progress=self.progress)
-        loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if loop.is_world_process_zero():
-            # Done first: killed while deleting, half a checkpoint would pass for a whole one.
-            write_json(self.out / DONE, {"steps": loop.state.global_step, "too_long": n_long})
-            shutil.rmtree(self.out / "checkpoints")  # optimiser states
-        loop.accelerator.wait_for_everyone()
+        return Loop(model, rows, recipe, self.arguments, saver, pad_id=pad_id, progress=self.progress)
 
     def _examples(self, chats: Sequence[Messages]) -> tuple[list[Example], int]:
         rows = [row for messages in chats for row in examples(self.chat, messages)]
