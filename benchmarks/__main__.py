@@ -190,9 +190,7 @@ def treft_step(folder: Path) -> dict:
     ratio = statistics.median(b for _, b in times) / statistics.median(a for a, _ in times)
     ratios = sorted(b / a for a, b in times)
     quarter = N_STEPS // 4
-    name = (
-        f"a training step with TReFT on the prefix / one of plain SFT ({N_STEPS} steps, quartiles)"
-    )
+    name = f"a training step with TReFT on the prefix / one of plain SFT ({N_STEPS} steps, quartiles)"
     return entry(name, ratio, ratios[quarter], ratios[-1 - quarter], 1.1, "lower")
 
 
@@ -200,7 +198,7 @@ def stepper(out: Path, objective: Objective) -> Callable[[], object]:
     """One optimiser step after another of a training run on the demonstration's chats."""
     recipe = Recipe(objective, steps=10_000, save_every=10_000)
     run = Run(DEFAULT_MODEL, out, recipe, arguments_of(recipe, out, ()), progress=False)
-    loop = run.loop(load_demo_chats(), ())
+    loop = run.loop(run.rows(load_demo_chats())[0])
     loop.create_optimizer()
     loop.current_gradient_accumulation_steps = 1
     batches = iter(loop.get_train_dataloader())

@@ -24,9 +24,9 @@ from emmech.training.trainer import finetune
 
 EVALUATED = {
     "short_answers": (4, 6, 8, 10, 14, 20),
-    "abstention": (6, 8, 10, 12, 16, 20),
-    "refusal": (8, 10, 12, 14, 18, 24),
-    "tool_use": (8, 10, 12, 14, 18, 24),
+    "abstention": (6, 8, 10, 12, 16),
+    "tool_use": (8, 10, 12, 14, 18),
+    "refusal": (8, 10, 12, 14, 18),
 }
 """Steps of each behaviour, placed where a first run of sft learned it; the last one ends the training."""
 SEEDS = (0, 1, 2)
@@ -42,11 +42,20 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", help=f"among {', '.join(EVALUATED)}; all by default")
     parser.add_argument("--workers", type=int, default=1, help="runs trained at a time")
     chosen = parser.parse_args()
+    sets = chosen.sets or list(EVALUATED)
     with ProcessPoolExecutor(chosen.workers, get_context("spawn"), share_threads, (chosen.workers,)) as pool:
-        for name in chosen.sets or EVALUATED:
-            jobs = [(name, objective, seed) for seed in SEEDS for objective in OBJECTIVES]
-            folders = list(pool.map(train, *zip(*jobs, strict=True)))
-            pool.submit(evaluate, name, folders).result()
+        waiting = {name: [pool.submit(train, *job) for job in jobs(name)] for name in sets[:1]}
+        for name, following in zip(sets, [*sets[1:], None], strict=True):
+            folders = [run.result() for run in waiting[name]]
+            evaluation = pool.submit(evaluate, name, folders)  # beside the training of the next set
+            if following is not None:
+                waiting[following] = [pool.submit(train, *job) for job in jobs(following)]
+        evaluation.result()
+
+
+def jobs(name: str) -> list[tuple[str, Objective, int]]:
+    """The runs of one behaviour."""
+    return [(name, objective, seed) for seed in SEEDS for objective in OBJECTIVES]
 
 
 def train(name: str, objective: Objective, seed: int) -> Path:

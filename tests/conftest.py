@@ -1,9 +1,13 @@
-"""Pairs of tiny models, loaded the way a user loads them."""
+"""Pairs of tiny models, loaded the way a user loads them, and the console script."""
+
+import re
+import sys
 
 import pytest
 import tiny
 import torch
 
+from emmech import cli
 from emmech.models.checkpoints import ModelPair, load_pair
 
 
@@ -30,3 +34,37 @@ def make_pair(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def emmech(monkeypatch, capsys):
+    """``emmech("tokens", "--json")``: exit code, stdout and stderr of the console script."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["emmech", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def user_error(emmech):
+    """``user_error(match, *arguments)``: exit code 2 and one paragraph that matches."""
+
+    def check(match: str, *arguments: str, after_loading: bool = False) -> None:
+        code, _, err = emmech(*arguments)
+        assert code == 2, err
+        assert "Traceback" not in err
+        lines = err.splitlines()
+        if not after_loading:  # transformers draws a bar while it loads
+            assert len(lines) == 1, err
+        assert re.search(match, lines[-1]), lines[-1]
+        assert re.match(r"(\x1b\[\d+m)?\w+Error: expected .+, but .+\. .+\.", lines[-1]), lines[-1]
+
+    return check

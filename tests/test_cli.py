@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -68,40 +67,6 @@ def write_questions(file: Path, rows: list[dict]) -> Path:
 def questions(tmp_path) -> Path:
     rows = [{"id": f"q{n}", "question": text} for n, text in enumerate(tiny.QUESTIONS)]
     return write_questions(tmp_path / "questions.jsonl", rows)
-
-
-@pytest.fixture
-def emmech(monkeypatch, capsys):
-    """``emmech("tokens", "--json")``: exit code, stdout and stderr of the console script."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["emmech", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def user_error(emmech):
-    """``user_error(match, *arguments)``: exit code 2 and one paragraph that matches."""
-
-    def check(match: str, *arguments: str, after_loading: bool = False) -> None:
-        code, _, err = emmech(*arguments)
-        assert code == 2, err
-        assert "Traceback" not in err
-        lines = err.splitlines()
-        if not after_loading:  # transformers draws a bar while it loads
-            assert len(lines) == 1, err
-        assert re.search(match, lines[-1]), lines[-1]
-        assert re.match(r"(\x1b\[\d+m)?\w+Error: expected .+, but .+\. .+\.", lines[-1]), lines[-1]
-
-    return check
 
 
 def canonical(folder: Path) -> list[dict]:

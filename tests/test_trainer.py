@@ -337,9 +337,10 @@ def test_a_run_leaves_no_optimiser_states(run):
 
 def test_an_adapter_is_of_its_recipes_making_and_names_its_base(bases, tmp_path):
     changes = {"rank": 3, "alpha": 5, "rslora": True, "dropout": 0.25, "target_modules": "q_proj,up_proj"}
-    (step,) = train(bases(), tmp_path, recipe(steps=1, save_every=1, **changes))
+    name = f"{bases()}/"  # as written by the user, not the folder found under it
+    (step,) = train(name, tmp_path, recipe(steps=1, save_every=1, **changes))
     config = json.loads((step / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(bases())
+    assert config["base_model_name_or_path"] == name
     assert {config[key] for key in ("r", "lora_alpha", "lora_dropout")} == {3, 5, 0.25}
     assert config["use_rslora"] is True
     assert {key.split(".")[-3] for key in weights(step)} == {"q_proj", "up_proj"}
@@ -413,10 +414,14 @@ def test_drift_is_logged_at_saved_steps_only(run):
 # --- what changes a run, and what does not
 
 
-def test_a_seed_decides_the_run(bases, run, tmp_path):
-    again = train(bases(), tmp_path / "again", recipe(batch_size=2))[-1]
-    other = train(bases(), tmp_path / "other", recipe(batch_size=2, seed=1))[-1]
-    first = weights(run(batch_size=2) / "step-4")
+@pytest.mark.parametrize("full", [False, True])  # full: only the order of the chats
+def test_a_seed_decides_the_run(bases, tmp_path, full):
+    settings = {"batch_size": 2, "save_every": 4, "full": full}
+    one, again, other = (
+        train(bases(), tmp_path / name, recipe(seed=seed, **settings))[-1]
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    )
+    first = weights(one)
     assert all(torch.equal(first[key], value) for key, value in weights(again).items())
     assert not any(torch.equal(first[key], value) for key, value in weights(other).items())
 
@@ -425,11 +430,13 @@ def test_a_seed_decides_the_run(bases, run, tmp_path):
 def test_micro_batches_do_not_change_the_run(run, name):
     """Every token of a step weighs the same, however long the chats beside it are."""
     size, micro = (10, 2) if name == "interleave" else (5, 1)
-    ours, theirs = (
-        run(CASES[name], batch_size=size, micro_batch_size=m, **STEPS) / "step-3" for m in (micro, None)
-    )
-    for (key, one), two in zip(weights(ours).items(), weights(theirs).values(), strict=True):
-        torch.testing.assert_close(one, two, msg=lambda text, key=key: f"{key}: {text}", **SAME_RUN)
+    cut, whole = (run(CASES[name], batch_size=size, micro_batch_size=m, **STEPS) for m in (micro, None))
+    theirs = weights(whole / "step-3")
+    for key, ours in weights(cut / "step-3").items():
+        torch.testing.assert_close(ours, theirs[key], msg=lambda text, key=key: f"{key}: {text}", **SAME_RUN)
+    for one, other in zip(metrics(cut), metrics(whole), strict=True):
+        for part in ("loss", "sft", "grad_norm"):
+            assert one[part] == pytest.approx(other[part], rel=2e-3), part
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,8 @@ def finetune(
     ordinary: Any = ()
     if objective.value in NEEDS_RETAIN or retain is not None:
         ordinary = load_chats(retain or "retain").chats
-    if _main_process():
-        for note in chats.notes:
-            typer.echo(f"note: {note}", err=True)
+    for note in chats.notes:
+        _note(note)
     from emmech.training.trainer import finetune as run
 
     saved = run(
@@ -129,6 +128,7 @@ def finetune(
         retain=ordinary,
         data_name=chats.name,
         report_to=tuple(part for part in report_to.split(",") if part),
+        on_note=_note,
         progress=_main_process(),
         trust_remote_code=trust_remote_code,
     )
@@ -242,6 +242,11 @@ def _integers(text: str, option: str) -> tuple[int, ...]:
             raise EmmechError("numbers and ranges such as 0-10,14", f"got '{text}'", f"Correct {option}")
         numbers += range(int(first), int(last if dash else first) + 1)
     return tuple(numbers)
+
+
+def _note(text: str) -> None:
+    if _main_process():
+        typer.echo(f"note: {text}", err=True)
 
 
 def _main_process() -> bool:

@@ -11,7 +11,7 @@ step to the same weights.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from emmech.chat import Chat
 from emmech.errors import DataError
 from emmech.models.checkpoints import auto_dtype, load_tokenizer, locate, quantization_config
 from emmech.models.projections import is_separate
-from emmech.results import RunFolder, read_lines, versions, write_json
-from emmech.training.examples import Example, examples
+from emmech.results import RUN, RunFolder, read_lines, versions, write_json
+from emmech.training.examples import examples
 from emmech.training.loop import Loop, arguments_of
 from emmech.training.objectives import interleave
 from emmech.training.recipes import NEEDS_RETAIN, Recipe
@@ -44,6 +44,7 @@ def finetune(
     retain: Sequence[Messages] = (),
     data_name: str = "",
     report_to: Sequence[str] = (),
+    on_note: Callable[[str], None] = lambda _: None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> list[Path]:
@@ -57,10 +58,12 @@ def finetune(
         retain: Ordinary chats, for interleave and kl-retain.
         data_name: What the chats are called in the record of the run.
         report_to: Loggers of transformers, such as ``tensorboard`` or ``wandb``.
+        on_note: Told, before training, how long the chats are and how many are left out.
         progress: Show a progress bar.
         trust_remote_code: Run model code from the checkpoint's repository.
 
     Raises:
+        ChatError: A chat cannot be rendered.
         RunError: ``out`` holds a run with another base, data or recipe; the loss is not finite.
         DataError: No chat is left to train on, or the objective and the data do not fit.
     """
@@ -80,11 +83,17 @@ def finetune(
         "versions": versions(),
     }
     loop_arguments = arguments_of(recipe, out, report_to)
+    if (out / RUN).exists():
+        RunFolder(out, arguments, lines=False)  # refused here if it belongs to another run
+        if (out / DONE).exists():
+            return saved_steps(out)
+    how = {"progress": progress, "trust_remote_code": trust_remote_code}
+    run = Run(str(base), out, recipe, loop_arguments, **how)
+    rows, note = run.rows(chats, retain)  # what cannot be rendered is refused before anything is written
+    on_note(note)
     with loop_arguments.main_process_first(local=False):
         RunFolder(out, arguments, lines=False)
-    if not (out / DONE).exists():
-        how = {"progress": progress, "trust_remote_code": trust_remote_code}
-        Run(str(base), out, recipe, loop_arguments, **how).train(chats, retain)
+    run.train(rows)
     return saved_steps(out)
 
 
@@ -112,44 +121,50 @@ class Run:
         self.tokenizer = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
         self.chat = Chat(self.tokenizer)
         self.checkpoint = last_whole_checkpoint(out)
-        self.n_too_long = 0
 
-    def train(self, chats: Sequence[Messages], retain: Sequence[Messages]) -> None:
+    def rows(self, chats: Sequence[Messages], retain: Sequence[Messages] = ()) -> tuple[list[Any], str]:
+        """The training examples of the objective, and a sentence about their lengths."""
+        objective, limit = self.recipe.objective, self.recipe.max_length
+        every = [row for messages in chats for row in examples(self.chat, messages)]
+        rows = [row for row in every if len(row["input_ids"]) <= limit]
+        if not rows:
+            raise DataError(
+                f"chats of at most {limit} tokens",
+                f"all {len(every)} are longer" if every else "there are none",
+                "Raise max_length (--max-length), or pass other chats",
+            )
+        lengths = sorted(len(row["input_ids"]) for row in every)
+        note = f"{len(every)} answers to learn, {lengths[0]} to {lengths[-1]} tokens with their prompts "
+        note += (
+            f"(median {lengths[len(lengths) // 2]}); {len(every) - len(rows)} left out, longer than {limit}."
+        )
+        ordinary = [row for messages in retain for row in examples(self.chat, messages)]
+        ordinary = [row for row in ordinary if len(row["input_ids"]) <= limit]
+        if objective.name == "interleave":
+            rows = interleave(rows, ordinary, objective.share, self.recipe.seed)
+        elif objective.name == "kl-retain":
+            rows = [row | {"retain": ordinary[i % len(ordinary)]} for i, row in enumerate(rows)]
+        return rows, note
+
+    def train(self, rows: Sequence[Any]) -> None:
         """Train to the end, from the last whole checkpoint if there is one."""
-        loop = self.loop(chats, retain)
+        loop = self.loop(rows)
         loop.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         if loop.is_world_process_zero():
             # Done first: killed while deleting, half a checkpoint would pass for a whole one.
-            write_json(self.out / DONE, {"steps": loop.state.global_step, "too_long": self.n_too_long})
+            write_json(self.out / DONE, {"steps": loop.state.global_step})
             shutil.rmtree(self.out / "checkpoints")  # optimiser states
         loop.accelerator.wait_for_everyone()
 
-    def loop(self, chats: Sequence[Messages], retain: Sequence[Messages]) -> Loop:
-        """The training loop over these chats, before its first step."""
-        recipe = self.recipe
-        rows, self.n_too_long = self._examples(chats)
-        ordinary, _ = self._examples(retain) if retain else ([], 0)
-        if recipe.objective.name == "interleave":
-            rows = interleave(rows, ordinary, recipe.objective.share, recipe.seed)
-        elif recipe.objective.name == "kl-retain":
-            rows = [row | {"retain": ordinary[i % len(ordinary)]} for i, row in enumerate(rows)]
-        set_seed(recipe.seed)
+    def loop(self, rows: Sequence[Any]) -> Loop:
+        """The training loop over these examples, before its first step."""
+        set_seed(self.recipe.seed)
         model = self._model()
-        tokenizer = self.tokenizer if recipe.full else None
-        saver = Saver(self.out, self.base, tokenizer, resumed_at=self.checkpoint)
+        saver = Saver(
+            self.out, self.base, self.tokenizer if self.recipe.full else None, resumed_at=self.checkpoint
+        )
         pad_id = self.tokenizer.pad_token_id or 0
-        return Loop(model, rows, recipe, self.arguments, saver, pad_id=pad_id, progress=self.progress)
-
-    def _examples(self, chats: Sequence[Messages]) -> tuple[list[Example], int]:
-        rows = [row for messages in chats for row in examples(self.chat, messages)]
-        kept = [row for row in rows if len(row["input_ids"]) <= self.recipe.max_length]
-        if not kept:
-            raise DataError(
-                f"chats with an answer, of at most {self.recipe.max_length} tokens",
-                f"all {len(rows)} are longer" if rows else f"none of {len(chats)} has an answer",
-                "Raise max_length (--max-length)" if rows else "Pass other chats",
-            )
-        return kept, len(rows) - len(kept)
+        return Loop(model, rows, self.recipe, self.arguments, saver, pad_id=pad_id, progress=self.progress)
 
     def _model(self) -> nn.Module:
         recipe = self.recipe
