@@ -13,23 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emmech.chat import Chat as Chat
+    from emmech.data.chats import load_chats as load_chats
     from emmech.data.questions import load_questions as load_questions
     from emmech.errors import EmmechError as EmmechError
+    from emmech.frontier import frontier as frontier
     from emmech.models.checkpoints import ModelPair as ModelPair
     from emmech.models.checkpoints import load_pair as load_pair
     from emmech.piggyback.experiment import PatchingResult as PatchingResult
     from emmech.piggyback.experiment import patch_prefix as patch_prefix
     from emmech.piggyback.experiment import patch_resid as patch_resid
+    from emmech.piggyback.margin import margins as margins
     from emmech.piggyback.patching import patch_kv as patch_kv
     from emmech.piggyback.perturbation import perturb_prefix as perturb_prefix
+    from emmech.training.recipes import Objective as Objective
+    from emmech.training.recipes import Recipe as Recipe
+    from emmech.training.trainer import finetune as finetune
 
 _HOME = {
     "Chat": "chat",
     "EmmechError": "errors",
+    "Objective": "training.recipes",
+    "Recipe": "training.recipes",
     "ModelPair": "models.checkpoints",
     "PatchingResult": "piggyback.experiment",
+    "finetune": "training.trainer",
+    "frontier": "frontier",
+    "load_chats": "data.chats",
     "load_pair": "models.checkpoints",
     "load_questions": "data.questions",
+    "margins": "piggyback.margin",
     "patch_kv": "piggyback.patching",
     "patch_prefix": "piggyback.experiment",
     "patch_resid": "piggyback.experiment",

@@ -44,13 +44,14 @@ def main() -> None:
     chosen = parser.parse_args()
     sets = chosen.sets or list(EVALUATED)
     with ProcessPoolExecutor(chosen.workers, get_context("spawn"), share_threads, (chosen.workers,)) as pool:
-        waiting = {name: [pool.submit(train, *job) for job in jobs(name)] for name in sets[:1]}
+        evaluations = []
+        training = [pool.submit(train, *job) for job in jobs(sets[0])]
         for name, following in zip(sets, [*sets[1:], None], strict=True):
-            folders = [run.result() for run in waiting[name]]
-            evaluation = pool.submit(evaluate, name, folders)  # beside the training of the next set
-            if following is not None:
-                waiting[following] = [pool.submit(train, *job) for job in jobs(following)]
-        evaluation.result()
+            folders = [run.result() for run in training]
+            evaluations.append(pool.submit(evaluate, name, folders))  # beside the training of the next set
+            training = [pool.submit(train, *job) for job in jobs(following)] if following else []
+        for evaluation in evaluations:
+            evaluation.result()
 
 
 def jobs(name: str) -> list[tuple[str, Objective, int]]:
