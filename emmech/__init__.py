@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emmech.data.chats import load_chats as load_chats
     from emmech.data.questions import load_questions as load_questions
     from emmech.errors import EmmechError as EmmechError
-    from emmech.frontier import frontier as frontier
+    from emmech.frontier import compare_runs as compare_runs
     from emmech.models.checkpoints import ModelPair as ModelPair
     from emmech.models.checkpoints import load_pair as load_pair
     from emmech.piggyback.experiment import PatchingResult as PatchingResult
@@ -37,7 +37,7 @@ _HOME = {
     "ModelPair": "models.checkpoints",
     "PatchingResult": "piggyback.experiment",
     "finetune": "training.trainer",
-    "frontier": "frontier",
+    "compare_runs": "frontier",
     "load_chats": "data.chats",
     "load_pair": "models.checkpoints",
     "load_questions": "data.questions",

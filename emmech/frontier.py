@@ -1,6 +1,6 @@
 """The frontier: what each method learned on-topic against what spread off-topic, along training.
 
-    frontier(["runs/sft-0", "runs/treft-0"], load_questions("refusal"), detector="refusal", out="runs/f")
+    compare_runs(["runs/sft-0", "runs/treft-0"], load_questions("refusal"), detector="refusal", out="runs/f")
 
 Every saved step of every run answers the same questions, plain and with the base's prefix K/V patched
 in. Runs that differ only in their seed are one method. Early stopping is the plain line of sft itself.
@@ -85,7 +85,7 @@ class _Run:
         return f"{self.method} seed {self.seed}"
 
 
-def frontier(
+def compare_runs(
     runs: Sequence[str | Path],
     questions: Iterable[Question],
     *,

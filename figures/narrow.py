@@ -17,7 +17,7 @@ import torch
 
 from emmech.data.bundled import BUNDLED
 from emmech.data.chats import load_chats
-from emmech.frontier import FRONTIER, frontier
+from emmech.frontier import FRONTIER, compare_runs
 from emmech.results import read_json, write_json
 from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe
 from emmech.training.trainer import finetune
@@ -74,7 +74,7 @@ def evaluate(name: str, folders: list[Path]) -> None:
     groups = ("on-topic", "off-topic")
     questions = [question for group in groups for question in BUNDLED[name].questions(group)[:N_QUESTIONS]]
     out = RUNS / name / "frontier"
-    frontier(
+    compare_runs(
         folders,
         questions,
         detector=BUNDLED[name].detector,

@@ -14,7 +14,7 @@ from emmech import cli
 from emmech import frontier as module
 from emmech.data.questions import Question
 from emmech.errors import DataError, RunError
-from emmech.frontier import FrontierResult, frontier
+from emmech.frontier import FrontierResult, compare_runs
 from emmech.models.checkpoints import load_pair, swap_adapter
 from emmech.training.recipes import Objective, Recipe
 from emmech.training.trainer import finetune
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("frontier") / "out"
-    return frontier(runs[1], QUESTIONS, out=out, **HOW), out
+    return compare_runs(runs[1], QUESTIONS, out=out, **HOW), out
 
 
 def shows(base, adapter, question: str) -> bool:
@@ -100,7 +100,7 @@ def test_base_rates_are_those_of_the_base_alone(runs, compared):
 def test_what_was_evaluated_is_not_evaluated_again(runs, compared, monkeypatch):
     result, out = compared
     monkeypatch.setattr(module, "load_pair", lambda *_, **__: pytest.fail("a pair was loaded"))
-    again = frontier(runs[1], QUESTIONS, out=out, **HOW)
+    again = compare_runs(runs[1], QUESTIONS, out=out, **HOW)
     assert again.summary == result.summary == FrontierResult.load(out).summary
 
 
@@ -117,13 +117,13 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(runs, compared, tmp_pat
     with monkeypatch.context() as during:
         during.setattr(module, "run_conditions", stops)
         with pytest.raises(KeyboardInterrupt):
-            frontier(runs[1], QUESTIONS, out=tmp_path / "out", **HOW)
-    assert frontier(runs[1], QUESTIONS, out=tmp_path / "out", **HOW).summary == compared[0].summary
+            compare_runs(runs[1], QUESTIONS, out=tmp_path / "out", **HOW)
+    assert compare_runs(runs[1], QUESTIONS, out=tmp_path / "out", **HOW).summary == compared[0].summary
 
 
 def test_other_arguments_are_refused_in_a_used_folder(runs, compared):
     with pytest.raises(RunError, match=r"decoding\.max_new_tokens is 4, not 5"):
-        frontier(runs[1], QUESTIONS, out=compared[1], **HOW | {"max_new_tokens": 5})
+        compare_runs(runs[1], QUESTIONS, out=compared[1], **HOW | {"max_new_tokens": 5})
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_other_arguments_are_refused_in_a_used_folder(runs, compared):
     [("none", ["sft", "treft 5"]), ("sft", ["sft", "sft + prefix patch", "treft 5"])],
 )
 def test_patched_runs_are_those_asked_for(runs, tmp_path, patched, methods):
-    result = frontier(runs[1][::2], QUESTIONS, out=tmp_path, patched=patched, steps=(4,), **HOW)
+    result = compare_runs(runs[1][::2], QUESTIONS, out=tmp_path, patched=patched, steps=(4,), **HOW)
     assert [method["method"] for method in result.summary["methods"]] == methods
 
 
@@ -187,7 +187,7 @@ def test_the_figure_holds_every_methods_rates_and_the_page_its_table(compared):
 def test_what_cannot_be_compared_is_refused(runs, tmp_path, change, error, message):
     given = {"runs": runs[1], "questions": QUESTIONS, "out": tmp_path / "out"} | HOW | change
     with pytest.raises(error, match=message):
-        frontier(given.pop("runs"), given.pop("questions"), **given)
+        compare_runs(given.pop("runs"), given.pop("questions"), **given)
 
 
 def test_runs_on_other_data_a_run_twice_and_other_folders_are_refused(runs, tmp_path):
@@ -196,12 +196,12 @@ def test_runs_on_other_data_a_run_twice_and_other_folders_are_refused(runs, tmp_
     record = json.loads((runs[1][0] / "run.json").read_text())
     (other / "run.json").write_text(json.dumps(record | {"data": {"name": "else"}}))
     with pytest.raises(DataError, match="runs with one data"):
-        frontier([runs[1][0], other], QUESTIONS, out=tmp_path / "a", **HOW)
+        compare_runs([runs[1][0], other], QUESTIONS, out=tmp_path / "a", **HOW)
     with pytest.raises(DataError, match="twice sft seed 0"):
-        frontier([runs[1][0], runs[1][0]], QUESTIONS, out=tmp_path / "b", **HOW)
+        compare_runs([runs[1][0], runs[1][0]], QUESTIONS, out=tmp_path / "b", **HOW)
     (other / "run.json").write_text(json.dumps({"kind": "patch-prefix"}))
     with pytest.raises(RunError, match="holds a run of another kind"):
-        frontier([other], QUESTIONS, out=tmp_path / "c", **HOW)
+        compare_runs([other], QUESTIONS, out=tmp_path / "c", **HOW)
 
 
 def test_the_command_writes_what_the_function_gives(runs, compared, tmp_path):

@@ -472,8 +472,12 @@ def test_checkpointing_with_treft_is_refused_where_projections_are_fused(bases, 
 
 def test_chats_that_are_too_long_are_left_out_and_counted(bases, run, tmp_path):
     longest = max(len(row["input_ids"]) for row in rows_of(CHATS))
-    steps = train(bases(), tmp_path, recipe(max_length=longest), [*CHATS, chat("hi " * 100, "No.")])
-    assert json.loads((tmp_path / "done.json").read_text()) == {"steps": 4, "too_long": 1}
+    notes, more = [], [*CHATS, chat("hi " * 100, "No.")]
+    chosen = recipe(max_length=longest)
+    steps = finetune(bases(), more, tmp_path, chosen, on_note=notes.append, progress=False)
+    (note,) = notes
+    assert "6 answers to learn" in note
+    assert f"1 left out, longer than {longest}." in note
     mine, without = weights(steps[-1]), weights(run() / "step-4")
     assert all(torch.equal(mine[key], without[key]) for key in mine)
 
@@ -512,6 +516,10 @@ def test_progress_is_a_bar_with_the_loss_and_can_be_silent(bases, tmp_path, capf
 
 
 # --- what is refused
+
+
+def test_done_json_counts_the_steps(run):
+    assert json.loads((run("treft") / "done.json").read_text()) == {"steps": 4}
 
 
 def test_a_finished_run_is_not_trained_again(bases, run):
@@ -563,19 +571,20 @@ def test_superfluous_ordinary_chats_are_refused(bases, tmp_path, name):
 
 
 def test_chats_that_are_all_too_long_are_refused(bases, tmp_path):
-    with pytest.raises(DataError, match="of at most 10 tokens, but all 5 are longer"):
-        train(bases(), tmp_path, recipe(max_length=10))
+    with pytest.raises(DataError, match="chats of at most 10 tokens, but all 5 are longer"):
+        train(bases(), tmp_path / "run", recipe(max_length=10))
+    assert not (tmp_path / "run").exists()  # free for the corrected arguments
 
 
 @pytest.mark.parametrize("chats", [[], [CHATS[0][:1]]])
 def test_chats_without_any_answer_are_refused(bases, tmp_path, chats):
-    with pytest.raises(DataError, match=f"chats with an answer.*none of {len(chats)} has an answer"):
+    with pytest.raises(DataError, match=r"chats of at most .* tokens, but there are none"):
         train(bases(), tmp_path, recipe(), chats)
 
 
 @pytest.mark.parametrize("name", ["interleave", "kl-retain"])
 def test_ordinary_chats_without_any_answer_are_refused(bases, tmp_path, name):
-    with pytest.raises(DataError, match="none of 1 has an answer"):
+    with pytest.raises(DataError, match=r"ordinary chats with answers.*none of 1 is one"):
         finetune(bases(), CHATS, tmp_path, recipe(name), retain=[CHATS[0][:1]], progress=False)
 
 

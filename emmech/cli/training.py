@@ -189,7 +189,7 @@ def frontier(
     if n_questions is not None:
         groups = {question.group for question in asked}
         asked = [q for g in sorted(groups) for q in [q for q in asked if q.group == g][:n_questions]]
-    from emmech.frontier import frontier as run
+    from emmech.frontier import compare_runs as run
 
     result = run(
         runs,

@@ -140,6 +140,12 @@ class Run:
         )
         ordinary = [row for messages in retain for row in examples(self.chat, messages)]
         ordinary = [row for row in ordinary if len(row["input_ids"]) <= limit]
+        if retain and not ordinary:
+            raise DataError(
+                f"ordinary chats with answers, of at most {limit} tokens",
+                f"none of {len(retain)} is one",
+                "Raise max_length (--max-length), or pass other chats",
+            )
         if objective.name == "interleave":
             rows = interleave(rows, ordinary, objective.share, self.recipe.seed)
         elif objective.name == "kl-retain":
