@@ -126,13 +126,18 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 
 
 def test_two_processes_train_what_one_does(emmech, base, chats, tmp_path):
-    """Through accelerate, as the documentation says; float32, so only the order of sums differs."""
+    """Through accelerate, as the documentation says; float32, so only the order of sums differs.
+
+    Batches divide the chats: several processes fill an incomplete last batch by repeating some.
+    """
     arguments = ["finetune", "treft", f"--base={base}", f"--dataset={chats}", "--weight=5", *QUICK]
+    arguments.append("--batch-size=2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
+        # With --cpu accelerate starts one process, whatever is asked for.
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
         f"--main_process_port={port}", "-m", "emmech",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -142,6 +147,7 @@ def test_two_processes_train_what_one_does(emmech, base, chats, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved step-2, step-4") == 1
+    assert json.loads((tmp_path / "two" / "done.json").read_text())["processes"] == 2
     assert emmech(*arguments, f"--out={tmp_path / 'one'}")[0] == 0
     for step in ("step-2", "step-4"):
         same_weights(tmp_path / "one" / step, tmp_path / "two" / step, rtol=1e-3, atol=2e-5)

@@ -105,7 +105,7 @@ def finetune(
 
     Writes folders step-N (PEFT adapters, or full checkpoints) and metrics.jsonl to --out. A stopped run
     goes on when it is started again with the same arguments. Several processes:
-    accelerate launch -m emmech finetune ...
+    accelerate launch --multi_gpu -m emmech finetune ...
     """
     given = dict(locals())
     from emmech.data.chats import load_chats

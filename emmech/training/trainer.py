@@ -158,7 +158,8 @@ class Run:
         loop.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         if loop.is_world_process_zero():
             # Done first: killed while deleting, half a checkpoint would pass for a whole one.
-            write_json(self.out / DONE, {"steps": loop.state.global_step})
+            done = {"steps": loop.state.global_step, "processes": loop.args.world_size}
+            write_json(self.out / DONE, done)
             shutil.rmtree(self.out / "checkpoints")  # optimiser states
         loop.accelerator.wait_for_everyone()
 
