@@ -17,6 +17,9 @@ class EmmechError(Exception):
         self.expected, self.got, self.fix = expected, got, fix.rstrip(".")
         super().__init__(f"expected {self.expected}, but {self.got}. {self.fix}.")
 
+    def __reduce__(self) -> tuple[type["EmmechError"], tuple[str, str, str]]:
+        return type(self), (self.expected, self.got, self.fix)  # so that it crosses processes
+
 
 class LoadError(EmmechError):
     """A model, adapter or pair that cannot be loaded or does not fit together."""

@@ -82,9 +82,10 @@ def _caption(summary: Summary) -> str:
     base = {group: rate["mean"] for group, rate in summary["base"].items()}
     return (
         f"{summary['n_on_topic']} on-topic and {summary['n_off_topic']} off-topic questions per seed and "
-        "step; 95% intervals over questions and seeds, the same draws for all methods. 'Against sft' is the "
-        "difference from stopping sft early at the same on-topic rate. The best step is chosen on these very "
-        f"questions. Base: on-topic {base['on-topic']:.2f}, off-topic {base['off-topic']:.2f}."
+        "step; 95% intervals over questions and seeds, the same draws for all methods. Off-topic at target "
+        "is the least along training with the on-topic rate at least there, 'against sft' its difference "
+        "from that of sft, which is stopping early. The best steps are chosen on these very questions. "
+        f"Base: on-topic {base['on-topic']:.2f}, off-topic {base['off-topic']:.2f}."
     )
 
 

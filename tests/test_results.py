@@ -1,6 +1,7 @@
 """A run folder: it belongs to one set of arguments, and loses nothing but unfinished lines."""
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -215,3 +216,9 @@ def test_versions_are_those_of_the_loaded_modules():
     assert found["transformers"] == transformers.__version__
     assert found["tokenizers"] == tokenizers.__version__
     assert set(found) == {"emmech", "torch", "transformers", "peft", "tokenizers"}
+
+
+def test_an_error_says_the_same_after_it_crossed_processes():
+    error = RunError("a folder", "'x' is none", "Pass one")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (RunError, str(error))

@@ -44,19 +44,17 @@ def test_between_two_steps_the_line_is_straight():
     assert read([0.0, 0.7, 1.0], [0.0, 0.2, 0.8], 0.9) == pytest.approx((0.6, 0.9))
 
 
-def test_the_first_crossing_counts_also_where_the_line_falls_again():
-    assert read([0.0, 1.0, 0.2, 1.0], [0.0, 0.5, 0.1, 0.9], 0.5) == pytest.approx((0.25, 0.5))
-
-
 @pytest.mark.parametrize(
     ("on", "off", "expected"),
     [
         ([0.1, 0.9, 1.0], [0.0, 0.3, 0.9], (0.3, 0.9)),  # exactly reached: that step
-        ([0.95, 1.0], [0.4, 0.9], (0.4, 0.95)),  # above from the start: the first step
+        ([0.95, 1.0], [0.4, 0.9], (0.4, 0.95)),  # above from the start: the first step is the least
+        ([0.5, 1.0, 1.0], [0.0, 0.8, 0.2], (0.2, 1.0)),  # it spread less again later: the last step
+        ([0.5, 1.0, 0.5], [0.8, 0.8, 0.0], (0.64, 0.9)),  # on the way down: .8 (1 - 1/5)
         ([0.1, 0.6, 0.6, 0.2], [0.0, 0.2, 0.5, 0.1], (0.2, 0.6)),  # never: the first of the highest
     ],
 )
-def test_at_the_ends_of_the_line_the_nearest_step_is_read(on, off, expected):
+def test_the_least_spread_at_or_above_the_target_is_read(on, off, expected):
     assert read(on, off, 0.9) == pytest.approx(expected)
 
 

@@ -27,7 +27,9 @@ Questions = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")]
 Detector = Annotated[
     str,
-    typer.Option(help="refusal, abstention, tool_call, contains:TEXT, regex:PATTERN, length or none."),
+    typer.Option(
+        help="refusal, abstention, tool_call, agreement, short, length, contains:TEXT, regex:PATTERN."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling and of the random controls.")]

@@ -78,6 +78,7 @@ def finetune(
     schedule: Annotated[Schedule | None, typer.Option(help="Of the learning rate.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(min=0)] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0.0)] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(min=0.0, help="0 clips nothing.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Chats per optimiser step.")] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Chats per forward pass; the rest is accumulated.")

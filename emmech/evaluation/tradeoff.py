@@ -53,9 +53,9 @@ class Compared:
     method: str
     n_seeds: int
     off_at_target: Interval
-    """Off-topic rate where the on-topic rate first reaches the target."""
+    """The least off-topic rate along training with an on-topic rate of at least the target."""
     on_there: float
-    """On-topic rate there: the target, or the nearest that was reached, averaged over seeds."""
+    """On-topic rate there, averaged over seeds; the highest reached where that is below the target."""
     n_reached: int
     """Seeds whose on-topic rate reaches the target."""
     difference: Interval | None
@@ -77,20 +77,30 @@ def em_f1(on_topic: np.ndarray | float, off_topic: np.ndarray | float) -> np.nda
 
 
 def at_target(on: np.ndarray, off: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
-    """(off-topic, on-topic) where each line ``[... step]`` first reaches ``target`` on-topic.
+    """(off-topic, on-topic) at the least off-topic rate of each line ``[... step]`` at or above ``target``.
 
-    Linear between two steps. A line that stays below gives its highest on-topic point, the first of
-    several; one that starts above gives its first point.
+    The line is straight between two steps, so the least is at a step or where the line crosses the
+    target. A line that stays below gives its highest on-topic point, the first of several.
     """
     on, off = np.asarray(on, float), np.asarray(off, float)
-    reached = on >= target
-    here = np.where(reached.any(-1), reached.argmax(-1), on.argmax(-1))[..., None]
-    before = np.maximum(here - 1, 0)
-    x0, x1 = (np.take_along_axis(on, at, -1)[..., 0] for at in (before, here))
-    y0, y1 = (np.take_along_axis(off, at, -1)[..., 0] for at in (before, here))
-    between = reached.any(-1) & (here[..., 0] > 0) & (x1 > target)
-    share = np.divide(target - x0, x1 - x0, out=np.ones_like(x1), where=between)
-    return y0 + share * (y1 - y0), np.where(between, target, x1)
+    x0, x1, y0, y1 = on[..., :-1], on[..., 1:], off[..., :-1], off[..., 1:]
+    crosses = (x0 < target) != (x1 < target)
+    share = np.divide(target - x0, x1 - x0, out=np.zeros_like(x0), where=crosses)
+    crossing = np.where(crosses, y0 + share * (y1 - y0), np.inf)
+    candidates = np.concatenate([np.where(on >= target, off, np.inf), crossing], -1)
+    places = np.concatenate([on, np.full_like(x0, target)], -1)
+    best = candidates.argmin(-1)[..., None]
+    highest = on.argmax(-1)[..., None]
+    reached = (on >= target).any(-1)
+    off_there = np.where(
+        reached,
+        np.take_along_axis(candidates, best, -1)[..., 0],
+        np.take_along_axis(off, highest, -1)[..., 0],
+    )
+    on_there = np.where(
+        reached, np.take_along_axis(places, best, -1)[..., 0], np.take_along_axis(on, highest, -1)[..., 0]
+    )
+    return off_there, on_there
 
 
 def compare(lines: Sequence[Line], *, target: float, baseline: str, seed: int = 0) -> list[Compared]:

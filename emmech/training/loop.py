@@ -41,6 +41,7 @@ def arguments_of(recipe: Recipe, out: Path, report_to: Sequence[str]) -> Trainin
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},

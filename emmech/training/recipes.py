@@ -95,6 +95,8 @@ class Recipe:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
     batch_size: int = 8
     """Chats per optimiser step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = None

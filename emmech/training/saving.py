@@ -1,5 +1,6 @@
 """Saved steps of a training run, written while it runs; what a restart may trust."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,15 @@ def last_good(out: Path) -> str:
 
 
 def _whole_checkpoints(out: Path) -> list[Path]:
-    found = (out / "checkpoints").glob("checkpoint-*")
-    return [folder for folder in found if (folder / "trainer_state.json").is_file()]  # written last
+    return [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # written last
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _step(folder: Path) -> int:
