@@ -27,7 +27,6 @@ from emmech.piggyback.patching import Condition, KVPatch, patch_kv
 from emmech.piggyback.running import Job, Row, render_rows, run
 from emmech.results import versions
 from emmech.training.loop import arguments_of
-from emmech.training.objectives import IGNORED
 from emmech.training.recipes import DEFAULT_OBJECTIVES, Objective, Recipe
 from emmech.training.trainer import Run
 
@@ -204,8 +203,8 @@ def stepper(out: Path, objective: Objective) -> Callable[[], object]:
     batches = iter(loop.get_train_dataloader())
 
     def step() -> None:
-        batch = next(batches)
-        loop.training_step(loop.model, batch, (batch["labels"] != IGNORED).sum())
+        (batch,), n_labelled = loop.get_batch_samples(batches, 1, loop.args.device)
+        loop.training_step(loop.model, batch, n_labelled)
         loop.optimizer.step()
         loop.model.zero_grad()
 

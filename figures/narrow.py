@@ -1,15 +1,17 @@
-"""How narrow does each method of finetuning stay? Four behaviours, six methods, three seeds.
+"""How narrow does each method of finetuning stay? Behaviours, methods, three seeds; and variants of TReFT.
 
-    python -m figures.narrow                  all four; resumed where it stopped
-    python -m figures.narrow abstention       one of them
+    python -m figures.narrow                        every study; resumed where it stopped
+    python -m figures.narrow abstention --workers 2 one of them, two runs at a time
 
-Trains on the embedded model into runs/narrow, evaluates every saved step on held-out on-topic and
-off-topic questions, and writes figures/results/narrow_SET.json (what `emmech frontier` writes, without
-the answers). One run at a time takes several hours on two cores; `--workers 2` trains two at a time.
+Trains on the embedded model into runs/narrow, evaluates saved steps on held-out on-topic and off-topic
+questions, and writes figures/results/narrow_STUDY.json (what `emmech frontier` writes, without the
+answers). A study takes about an hour on two cores.
 """
 
 import argparse
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,68 +21,92 @@ from emmech.data.bundled import BUNDLED
 from emmech.data.chats import load_chats
 from emmech.frontier import FRONTIER, compare_runs
 from emmech.results import read_json, write_json
-from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe
+from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe, label
 from emmech.training.trainer import finetune
 
-EVALUATED = {
-    "short_answers": (4, 6, 8, 10, 14, 20),
-    "abstention": (6, 8, 10, 12, 16),
-    "tool_use": (8, 10, 12, 14, 18),
-    "refusal": (8, 10, 12, 14, 18),
-}
-"""Steps of each behaviour, placed where a first run of sft learned it; the last one ends the training."""
 SEEDS = (0, 1, 2)
-OBJECTIVES = tuple(DEFAULT_OBJECTIVES.values())
 SAVE_EVERY, LEARNING_RATE = 2, 2e-4
 N_QUESTIONS, MAX_NEW_TOKENS = 60, 12
 RUNS, RESULTS = Path("runs/narrow"), Path("figures/results")
+METHODS = tuple(DEFAULT_OBJECTIVES.values())
+PROMPT = ("prefix", "query", "postfix")
+
+
+@dataclass(frozen=True)
+class Study:
+    data: str
+    steps: tuple[int, ...]
+    """Evaluated steps, placed where a first run of sft learned the behaviour; the last ends the training."""
+    objectives: tuple[Objective, ...] = METHODS
+
+
+STUDIES = {
+    "short_answers": Study("short_answers", (4, 6, 8, 10, 14, 20)),
+    "abstention": Study("abstention", (6, 8, 10, 12, 16)),
+    "tool_use": Study("tool_use", (8, 10, 12, 14, 18)),
+    "refusal": Study("refusal", (8, 10, 12, 14, 18)),
+    # Where does the behaviour go when the prefix is held? Stronger, elsewhere, everywhere.
+    "treft": Study(
+        "short_answers",
+        (6, 8, 10, 14, 20),
+        (
+            Objective("sft"),
+            Objective("treft", weight=10.0),
+            Objective("treft", weight=300.0),
+            Objective("treft", weight=30.0, segments=("postfix",), reference="own"),
+            Objective("treft", weight=30.0, segments=PROMPT, reference="own"),
+        ),
+    ),
+}
 
 
 def main() -> None:
     """Train, evaluate, and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="*", help=f"among {', '.join(EVALUATED)}; all by default")
-    parser.add_argument("--workers", type=int, default=1, help="runs trained at a time")
+    parser.add_argument("studies", nargs="*", help=f"among {', '.join(STUDIES)}; all by default")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     chosen = parser.parse_args()
-    sets = chosen.sets or list(EVALUATED)
+    names = chosen.studies or list(STUDIES)
     with ProcessPoolExecutor(chosen.workers, get_context("spawn"), share_threads, (chosen.workers,)) as pool:
         evaluations = []
-        training = [pool.submit(train, *job) for job in jobs(sets[0])]
-        for name, following in zip(sets, [*sets[1:], None], strict=True):
+        training = [pool.submit(train, *job) for job in jobs(names[0])]
+        for name, following in zip(names, [*names[1:], None], strict=True):
             folders = [run.result() for run in training]
-            evaluations.append(pool.submit(evaluate, name, folders))  # beside the training of the next set
+            evaluations.append(pool.submit(evaluate, name, folders))  # beside the training of the next
             training = [pool.submit(train, *job) for job in jobs(following)] if following else []
         for evaluation in evaluations:
             evaluation.result()
 
 
-def jobs(name: str) -> list[tuple[str, Objective, int]]:
-    """The runs of one behaviour."""
-    return [(name, objective, seed) for seed in SEEDS for objective in OBJECTIVES]
+def jobs(name: str) -> list[tuple[str, int, Objective, int]]:
+    """The runs of a study: data, last step, objective and seed."""
+    study = STUDIES[name]
+    return [(study.data, study.steps[-1], one, seed) for seed in SEEDS for one in study.objectives]
 
 
-def train(name: str, objective: Objective, seed: int) -> Path:
+def train(data: str, last: int, objective: Objective, seed: int) -> Path:
     """One run; its folder."""
-    out = RUNS / name / f"{objective.name}-{seed}"
-    last = EVALUATED[name][-1]
+    out = RUNS / data / f"{label(asdict(objective)).replace(' ', '-')}-{seed}"
     recipe = Recipe(objective, steps=last, save_every=SAVE_EVERY, learning_rate=LEARNING_RATE, seed=seed)
     retain = load_chats("retain").chats if objective.name in NEEDS_RETAIN else ()
-    finetune("smollm2", load_chats(name).chats, out, recipe, retain=retain, data_name=name, progress=False)
+    finetune("smollm2", load_chats(data).chats, out, recipe, retain=retain, data_name=data, progress=False)
     return out
 
 
-def evaluate(name: str, folders: list[Path]) -> None:
-    """The frontier of a behaviour, kept under figures/results."""
+def evaluate(name: str, folders: Sequence[Path]) -> None:
+    """The frontier of a study, kept under figures/results."""
+    study = STUDIES[name]
+    bundled = BUNDLED[study.data]
     groups = ("on-topic", "off-topic")
-    questions = [question for group in groups for question in BUNDLED[name].questions(group)[:N_QUESTIONS]]
-    out = RUNS / name / "frontier"
+    questions = [question for group in groups for question in bundled.questions(group)[:N_QUESTIONS]]
+    out = RUNS / "frontiers" / name
     compare_runs(
         folders,
         questions,
-        detector=BUNDLED[name].detector,
+        detector=bundled.detector,
         out=out,
-        steps=EVALUATED[name],
-        patched="sft",
+        steps=study.steps,
+        patched="all" if name == "treft" else "sft",
         max_new_tokens=MAX_NEW_TOKENS,
     ).table()
     RESULTS.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import PeftModel
 from training_runs import CHATS, OBJECTIVES, ORDINARY, chat, recipe, train, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from emmech.chat import Chat
@@ -616,3 +616,27 @@ def test_a_loss_that_is_not_finite_names_the_last_good_step(bases, tmp_path, mon
 def test_a_learning_rate_that_is_far_too_high_is_said(bases, tmp_path):
     with pytest.raises(RunError, match=r"at step 2 it is .*Lower the learning rate.*no checkpoint was saved"):
         train(bases(), tmp_path, recipe(learning_rate=1e36, save_every=4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
+def test_a_base_in_four_bits_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(DataError, match="a GPU for training on a 4-bit base, but there is none"):
+        train("smollm2", tmp_path / "run", recipe("sft", quantization="4bit"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_frozen_base_may_be_in_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the quantization extra is not installed")
+    wide = LlamaConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=64, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    chosen = recipe("treft", quantization="4bit", dtype="bfloat16")
+    saved = train(tmp_path / "base", tmp_path / "run", chosen)
+    penalties = [row["penalty"] for row in metrics(tmp_path / "run")]
+    assert penalties[0] < 1e-4 < penalties[-1]  # the base at first, but for bfloat16's rounding
+    assert all(tensor.dtype == torch.float32 for tensor in weights(saved[-1]).values())

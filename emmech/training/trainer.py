@@ -83,6 +83,12 @@ def finetune(
         "versions": versions(),
     }
     loop_arguments = arguments_of(recipe, out, report_to)
+    if recipe.quantization and loop_arguments.device.type == "cpu":
+        raise DataError(
+            "a GPU for training on a 4-bit base",
+            "there is none, and on a CPU bitsandbytes passes no gradient through its layers",
+            "Leave quantization out",
+        )
     if (out / RUN).exists():
         RunFolder(out, arguments, lines=False)  # refused here if it belongs to another run
         if (out / DONE).exists():
