@@ -7,7 +7,7 @@ import torch
 from emmech.errors import PatchError
 from emmech.models import hook_points
 from emmech.models.generation import make_batch, prefill, run_through
-from emmech.models.kv_cache import PatchCache
+from emmech.models.kv_cache import PatchCache, visible_share
 from emmech.piggyback.donors import _permutation, empty_query_donor, noise_like
 from emmech.piggyback.patching import (
     Bench,
@@ -17,6 +17,7 @@ from emmech.piggyback.patching import (
     patch_kv,
     patched_projections,
     refuse_impossible,
+    restored_share,
 )
 
 SEGMENTS = ("prefix", "query", "postfix")
@@ -428,3 +429,39 @@ def test_a_merged_border_token_shortens_the_prefix_of_its_row_only(make_pair):
     for row, prompt in enumerate((merged, usual)):
         alone = Bench(pair).batch([prompt], [str(row)], share_prefix=True).prefill(repair(("prefix",)))
         torch.testing.assert_close(alone.logits[0], together[row], **CLOSE)
+
+
+def test_a_query_span_of_prefix_length_is_the_first_query_tokens_as_many_as_the_prefix_has(make_pair):
+    pair = make_pair("llama")
+    for share in (True, False):
+        batch = bench(pair, share)
+        chosen = batch.patched_positions(repair(("query",), query_span="prefix-length"))
+        whole = batch.patched_positions(repair(("query",)))
+        for row, prompt in enumerate(batch.batch.prompts):
+            start = int(whole[row].nonzero()[0])
+            wanted = range(start, start + min(prompt.n_query, prompt.n_prefix))
+            assert chosen[row].nonzero().squeeze(1).tolist() == list(wanted)
+        sizes = [(prompt.n_query, prompt.n_prefix) for prompt in batch.batch.prompts]
+        assert any(query > prefix for query, prefix in sizes) and any(q < p for q, p in sizes)
+
+
+def test_the_restored_share_is_the_projection_on_the_way_to_the_source():
+    target = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])  # two layers, one prompt
+    source = torch.tensor([[[3.0, 0.0]], [[0.0, 2.0]]])
+    patched = torch.tensor([[[2.0, 5.0]], [[0.0, -1.0]]])
+    # <(1, 5), (2, 0)> / 4 = 1/2 whatever happens across; <(0, -1), (0, 2)> / 4 = -1/2.
+    numerator, denominator = restored_share(patched, target, source)
+    assert (numerator / denominator).tolist() == [0.5, -0.5]
+    numerator, denominator = restored_share(source, target, source)
+    assert (numerator / denominator).tolist() == [1.0, 1.0]
+
+
+def test_the_visible_share_is_that_of_patched_slots_a_window_still_holds():
+    config = tiny.model("gemma3").config  # windows of 24 on layers 0 and 2, full attention on 1
+    cache = PatchCache(config)
+    for layer in range(3):
+        cache.update(torch.ones(1, 2, 40, 8), torch.ones(1, 2, 40, 8), layer)
+    patched = torch.zeros(1, 40, dtype=torch.bool)
+    patched[0, 10:20] = True
+    # A window of 24 keeps the last 23 for the next token: slots 17 to 39, three of the ten.
+    assert visible_share(cache, patched, 40).tolist() == pytest.approx([0.3, 1.0, 0.3])
