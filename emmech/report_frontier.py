@@ -12,9 +12,7 @@ from emmech.evaluation.tradeoff import Interval
 from emmech.figures import Summary, frontier_of_methods, methods_finding
 from emmech.results import REPORT, replace_text
 
-HEADINGS = (
-    "method", "seeds", "off-topic at target", "on-topic there", "against sft", "best EM-F1", "at step",
-)  # fmt: skip
+HEADINGS = ("method", "off-topic", "at on", "against sft", "best EM-F1")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>emmech: {title}</title>
@@ -38,11 +36,13 @@ def frontier_table(summary: Summary) -> Table:
         caption=_caption(summary),
         caption_justify="left",
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
     for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in _rows(summary):
         table.add_row(*row)
     return table
@@ -65,28 +65,32 @@ def write_frontier(folder: str | Path, summary: Summary) -> Path:
 
 def _rows(summary: Summary) -> Iterable[tuple[str, ...]]:
     for method in summary["methods"]:
-        reached = f"{method['n_reached']}/{method['n_seeds']}"
+        n_short = method["n_seeds"] - method["n_reached"]
         difference = method["difference"]
         yield (
             method["method"],
-            str(method["n_seeds"]),
             _interval(method["off_at_target"]),
-            f"{method['on_there']:.2f} (reached by {reached})",
+            f"{method['on_there']:.2f}" + (f" ({n_short} short)" if n_short else ""),
             "" if difference is None else _interval(difference),
-            _interval(method["best_f1"]),
-            str(method["best_step"]),
+            f"{_interval(method['best_f1'])} @{method['best_step']}",
         )
 
 
 def _caption(summary: Summary) -> str:
     base = {group: rate["mean"] for group, rate in summary["base"].items()}
     return (
-        f"{summary['n_on_topic']} on-topic and {summary['n_off_topic']} off-topic questions per seed and "
-        "step; 95% intervals over questions and seeds, the same draws for all methods. Off-topic at target "
-        "is the least along training with the on-topic rate at least there, 'against sft' its difference "
-        "from that of sft, which is stopping early. The best steps are chosen on these very questions. "
+        f"Off-topic: the least along training with an on-topic rate of at least {summary['target']:g}; "
+        "'short' counts seeds that stay below it, read at their highest. Against sft: the difference "
+        "from stopping sft early in the same way. EM-F1 with the step of its best mean, chosen on these very "
+        f"questions. {summary['n_on_topic']} on-topic and {summary['n_off_topic']} off-topic questions, "
+        f"{_seeds(summary)} a method; 95% intervals over both, the same draws for all methods. "
         f"Base: on-topic {base['on-topic']:.2f}, off-topic {base['off-topic']:.2f}."
     )
+
+
+def _seeds(summary: Summary) -> str:
+    counts = sorted({method["n_seeds"] for method in summary["methods"]})
+    return " or ".join(map(str, counts)) + (" seeds" if counts[-1] > 1 else " seed")
 
 
 def _interval(value: Summary) -> str:
