@@ -13,6 +13,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from emmech.errors import DataError, RunError
 from emmech.models.checkpoints import auto_dtype
@@ -26,6 +27,13 @@ from emmech.training.saving import Saver, last_good
 
 def arguments_of(recipe: Recipe, out: Path, report_to: Sequence[str]) -> TrainingArguments:
     """Transformers' settings for a recipe, in every process of a run."""
+    ready = get_available_reporting_integrations()
+    if absent := [name for name in report_to if name not in ready]:
+        raise DataError(
+            f"loggers that are installed ({', '.join(ready) or 'none is'})",
+            f"got {', '.join(absent)}",
+            "Install the package (pip install tensorboard, wandb ...), or leave report_to out",
+        )
     on_cpu = not torch.cuda.is_available()
     # Of a full finetune the weights stay in float32 and only the arithmetic is in bfloat16.
     auto = auto_dtype(torch.device("cpu" if on_cpu else "cuda"))
