@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 
-from emmech import cli, defaults
+from emmech import defaults
+from emmech.cli import patching
 from emmech.piggyback import experiment, perturbation
 
 RENAMED = {"segments", "layers", "out", "questions"}  # the shell passes these as text
@@ -13,9 +14,9 @@ RENAMED = {"segments", "layers", "out", "questions"}  # the shell passes these a
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        (cli.patch_prefix, experiment.patch_prefix),
-        (cli.patch_resid, experiment.patch_resid),
-        (cli.perturb_prefix, perturbation.perturb_prefix),
+        (patching.patch_prefix, experiment.patch_prefix),
+        (patching.patch_resid, experiment.patch_resid),
+        (patching.perturb_prefix, perturbation.perturb_prefix),
     ],
 )
 def test_shell_and_python_have_the_same_defaults(command, function):
