@@ -5,6 +5,7 @@ questions that have nothing to do with health, and less so when it attends to th
 V at the template prefix. The frontier compares that with what stopping earlier would have done.
 """
 
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ def _run(out: Path, setup: dict[str, Any], progress: bool) -> PatchingResult:
     by_step = {int(folder.name.rpartition("-")[2]): folder for folder in adapters}
     others = [step for step in STEPS if step != SHOWN_STEP]
     # Small models do not fill the cores: the frontier's other steps run beside the test itself.
-    with half_the_threads(), ProcessPoolExecutor(1, get_context("spawn"), _halve_threads) as beside:
+    with half_the_threads(), ProcessPoolExecutor(1, get_context("spawn"), _start_beside) as beside:
         points = [beside.submit(_frontier_run, by_step[step], out / f"step-{step}", step) for step in others]
         result = patch_prefix(
             load_pair(DEFAULT_MODEL, by_step[SHOWN_STEP]),
@@ -92,6 +93,12 @@ def half_the_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _start_beside() -> None:
+    """Set up the second process as ``emmech.cli.main`` does the first."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    _halve_threads()
 
 
 def _halve_threads() -> None:

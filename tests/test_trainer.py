@@ -518,8 +518,8 @@ def test_progress_is_a_bar_with_the_loss_and_can_be_silent(bases, tmp_path, capf
 # --- what is refused
 
 
-def test_done_json_counts_the_steps(run):
-    assert json.loads((run("treft") / "done.json").read_text()) == {"steps": 4}
+def test_done_json_counts_steps_and_processes(run):
+    assert json.loads((run("treft") / "done.json").read_text()) == {"steps": 4, "processes": 1}
 
 
 def test_a_finished_run_is_not_trained_again(bases, run):
