@@ -1,5 +1,6 @@
 """Pairs of tiny models, loaded the way a user loads them, and the console script."""
 
+import gc
 import re
 import sys
 
@@ -68,3 +69,11 @@ def user_error(emmech):
         assert re.match(r"(\x1b\[\d+m)?\w+Error: expected .+, but .+\. .+\.", lines[-1]), lines[-1]
 
     return check
+
+
+@pytest.fixture(scope="module")
+def quick_collection():
+    """Accelerate collects garbage at the start of every run; modules once imported need no look."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -293,7 +293,7 @@ def test_a_bad_question_file_is_refused_before_models_are_looked_for(
         ("patch-prefix", "--segments=prefix,head", "segments among .*, but got 'prefix,head'"),
         ("patch-prefix", "--segments=", "segments among .*, but got ''"),
         ("perturb-prefix", "--segments=head", "segments among .*, but got 'head'"),
-        ("patch-resid", "--layers=0,x", "comma-separated layers, but got '0,x'"),
+        ("patch-resid", "--layers=0,x", "numbers and ranges such as 0-10,14, but got '0,x'"),
         ("patch-resid", "--direction=both", "one direction, but got 'both'"),
     ],
 )

@@ -1,6 +1,5 @@
 """Finetuning tiny models with every objective: what is minimised, what is saved, what is refused."""
 
-import gc
 import json
 import shutil
 
@@ -29,12 +28,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 SAME_RUN = {"rtol": 1e-3, "atol": 2e-4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Accelerate collects garbage at the start of every run; modules once imported need no look."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collection")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Runs that were killed and go on, and runs of two processes: the same adapters as in one go."""
 
-import gc
 import json
 import os
 import shutil
@@ -30,12 +29,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Accelerate collects garbage at the start of every run; modules once imported need no look."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collection")
 
 
 @pytest.fixture(scope="module")

@@ -54,10 +54,16 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Print loading time and
 
 
 def example(command: str) -> str:
+    """The last line of a command's help."""
     return f"[bold]Example:[/bold] {command}"
 
 
 def parse_segments(text: str) -> tuple[Any, ...]:
+    """Comma-separated chat segments.
+
+    Raises:
+        EmmechError: There are none, or one is unknown.
+    """
     from emmech.chat import SEGMENTS
 
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -66,14 +72,23 @@ def parse_segments(text: str) -> tuple[Any, ...]:
     return chosen
 
 
-def parse_integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise EmmechError("comma-separated layers", f"got '{text}'", "Write --layers 0,5,10") from error
+def parse_integers(text: str, option: str) -> tuple[int, ...]:
+    """Numbers and ranges such as ``0-10,14``, the ends of a range included.
+
+    Raises:
+        EmmechError: ``text`` holds something else, or nothing.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not (last.isdigit() and int(last) >= int(first))):
+            raise EmmechError("numbers and ranges such as 0-10,14", f"got '{text}'", f"Correct {option}")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return tuple(numbers)
 
 
 def check_detector(detector: str) -> None:
+    """Refuse an unknown detector before anything loads."""
     from emmech.evaluation.detectors import detector as find
 
     find(detector)
@@ -91,6 +106,7 @@ def load(
     trust_remote_code: bool,
     verbose: bool,
 ) -> Any:
+    """The pair that the options choose; what the loader decided goes to stderr."""
     from emmech.chat import DEFAULT
     from emmech.models.checkpoints import load_pair
 
@@ -114,6 +130,7 @@ def load(
 
 
 def peak_memory() -> str:
+    """The most memory that this process has held, in words."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -121,6 +138,7 @@ def peak_memory() -> str:
 
 
 def show(result: Any, out: Path, verbose: bool) -> None:
+    """Print a result's table, and where its report is."""
     result.table()
     if verbose:
         typer.echo(f"peak {peak_memory()}", err=True)

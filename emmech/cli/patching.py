@@ -161,7 +161,7 @@ def patch_resid(
     out: Out,
     base: Base = "smollm2",
     segments: Annotated[str, typer.Option(help="Comma-separated segments.")] = "prefix",
-    layers: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 0-10,14; all by default.")] = None,
     direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
     detector: Detector = defaults.DETECTOR,
     max_new_tokens: MaxNewTokens = defaults.MAX_NEW_TOKENS,
@@ -180,7 +180,7 @@ def patch_resid(
     from emmech.data.questions import load_questions
 
     asked = load_questions(questions)
-    chosen, blocks = parse_segments(segments), None if layers is None else parse_integers(layers)
+    chosen, blocks = parse_segments(segments), None if layers is None else parse_integers(layers, "--layers")
     check_detector(detector)
     if direction is Direction.both:
         raise EmmechError("one direction", "got 'both'", "Choose repair or induce")

@@ -14,6 +14,7 @@ from emmech.cli.options import (
     Trust,
     check_detector,
     example,
+    parse_integers,
     parse_segments,
 )
 from emmech.errors import EmmechError
@@ -197,7 +198,7 @@ def frontier(
         asked,
         detector=counted,
         out=out,
-        steps=None if steps is None else _integers(steps, "--steps"),
+        steps=None if steps is None else parse_integers(steps, "--steps"),
         patched=patched.value,
         target=target,
         max_new_tokens=max_new_tokens,
@@ -222,7 +223,7 @@ def _recipe(given: dict[str, Any]) -> Any:
     if "segments" in plain:
         plain["segments"] = parse_segments(plain["segments"])
     if "layers" in plain:
-        plain["layers"] = _integers(plain["layers"], "--layers")
+        plain["layers"] = parse_integers(plain["layers"], "--layers")
     if "epochs" in plain:
         plain["steps"] = None
     objective = {f.name: plain[f.name] for f in fields(Objective) if f.name in plain}
@@ -232,17 +233,6 @@ def _recipe(given: dict[str, Any]) -> Any:
 
 def _value(option: Any) -> Any:
     return option.value if isinstance(option, StrEnum) else option
-
-
-def _integers(text: str, option: str) -> tuple[int, ...]:
-    """Numbers and ranges such as ``0-10,14``."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise EmmechError("numbers and ranges such as 0-10,14", f"got '{text}'", f"Correct {option}")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return tuple(numbers)
 
 
 def _note(text: str) -> None:

@@ -30,8 +30,8 @@ class Objective:
     layers: tuple[int, ...] | None = None
     """Layers that treft holds; None is all."""
     reference: Literal["shared", "own"] = "shared"
-    """Where treft's K and V come from: computed once, the postfix's from the first training chat as in
-    the paper, or for each chat from the base's own pass. The prefix's are the same in both."""
+    """Where treft's K and V come from: computed once (the postfix's from the first training chat, as in
+    the paper's release), or for each chat from the base's own pass. The prefix's are the same in both."""
 
     def __post_init__(self):
         checks = [
@@ -42,6 +42,7 @@ class Objective:
              ", ".join(self.segments) or "none"),
             ("query" not in self.segments or self.reference == "own",
              "reference='own' with the query, which every chat has its own of", "'shared'"),
+            (self.layers != (), "layers", "none"),
             (self.weight == 0 or self.name in ("treft", "kl-train", "kl-retain"),
              "no weight with an objective without a penalty", f"{self.weight:g} for {self.name}"),
             (self.share == 0 or self.name == "interleave",

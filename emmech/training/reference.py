@@ -37,7 +37,7 @@ class SharedReference:
     """K and V of the base at prefix and postfix tokens, computed once before training.
 
     The prefix's do not depend on the question. The postfix's do, and are those of the first training
-    chat for all (Zhao et al. 2026, arXiv 2606.06667, s5.1).
+    chat for all, as in the release of Zhao et al. 2026 (arXiv 2606.06667: those of a random one).
     """
 
     @torch.no_grad()
