@@ -106,6 +106,7 @@ def test_an_unknown_preset_is_refused():
         ({"name": "interleave", "share": 1.0}, "share from 0 to below 1, but got 1"),
         ({"name": "interleave", "share": -0.1}, "share from 0 to below 1"),
         ({"name": "treft", "segments": ()}, "segments among prefix, query, postfix, but got none"),
+        ({"name": "treft", "layers": ()}, "expected layers, but got none"),
         ({"name": "treft", "segments": ("prefix", "query")}, "reference='own' with the query"),
         ({"name": "sft", "weight": 1.0}, "no weight with an objective without a penalty, but got 1 for sft"),
         ({"name": "interleave", "weight": 1.0}, "no weight .* for interleave"),
