@@ -25,6 +25,7 @@ ALLOWED = {
     "evaluation": ABOVE_CHAT,
     "models": ABOVE_CHAT,
     "gates": SCIENCE | {"piggyback", "defaults"},
+    "steering": SCIENCE | {"piggyback", "gates", "training", "defaults"},
     "training": SCIENCE | {"gates"},
     "piggyback": SCIENCE | {"defaults"},
     "figures": SCIENCE | {"piggyback"},

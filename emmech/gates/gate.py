@@ -197,9 +197,8 @@ class Gating:
         """
         refuse_other_shape(self.gates.shape, model)
         mask = self.gates.heads_mask(self.layers, self.heads)
-        # generate of a PEFT model calls the inner one
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        handles = [inner.register_forward_hook(self._refuse_non_finite)]
+        cause = f"at gate scale {self.scale:g}"
+        handles = [hook_points.refuse_non_finite(model, cause, "Choose a scale nearer to 0")]
         try:
             for layer, heads in zip(self.gates.shape.layers, mask, strict=True):
                 if heads.any():
@@ -259,13 +258,6 @@ class Gating:
             )
         wanted = torch.tensor([PARTS.index(part) for part in self.parts or ()], device=z.device)
         return torch.isin(numbers.to(z.device), wanted).expand(z.shape[:2])
-
-    def _refuse_non_finite(self, model: nn.Module, _: Any, output: Any) -> None:
-        last = output.logits[:, -1] if hasattr(output, "logits") else output[0]  # of return_dict=False
-        if not model.training and not torch.isfinite(last).all():
-            raise PatchError(
-                "finite logits", f"they are not at gate scale {self.scale:g}", "Choose a scale nearer to 0"
-            )
 
 
 def gated(

@@ -49,6 +49,10 @@ class Side:
                 stack.enter_context(intervention(self.module))
             yield self.module
 
+    def under(self, name: str, *interventions: Intervention) -> "Side":
+        """This side with further interventions, under a name of its own."""
+        return replace(self, name=name, interventions=(*self.interventions, *interventions))
+
     @contextmanager
     def _adapter(self) -> Iterator[None]:
         if not self.adapter_off:

@@ -12,7 +12,7 @@ some rows. A fixed plan of batches keeps even that reproducible.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -207,6 +207,33 @@ def reading(parts: Tensor) -> Iterator[None]:
         yield
     finally:
         _PARTS.reset(token)
+
+
+@contextmanager
+def follow(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Let bare passes of ``model`` over ``batch``, and a ``generate`` that begins with it, know their parts.
+
+    Rows that ``generate`` repeats, for several samples of a prompt, follow one another.
+    """
+    tokens: list[Token] = []
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids, cache = kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs.get("past_key_values")
+        start = 0 if cache is None else cache.get_seq_length()
+        own = batch.parts[:, start : start + ids.shape[1]].repeat_interleave(len(ids) // len(batch.parts), 0)
+        later = own.new_full((len(ids), ids.shape[1] - own.shape[1]), PARTS.index("response"))
+        tokens.append(_PARTS.set(torch.cat([own, later], dim=1)))
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # as PEFT's generate calls
+    handles = [
+        inner.register_forward_pre_hook(before, with_kwargs=True),
+        inner.register_forward_hook(lambda *_: _PARTS.reset(tokens.pop()), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _RESPONSE = torch.tensor([[PARTS.index("response")]])

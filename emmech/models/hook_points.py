@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -53,6 +54,22 @@ def replaced(model: nn.Module, name: str, edit: Edit) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def refuse_non_finite(model: nn.Module, cause: str, fix: str) -> RemovableHandle:
+    """Let a pass in evaluation whose logits are not finite raise, until the handle's ``remove()``.
+
+    The pass raises a ``PatchError`` that names ``cause`` (as in "at gate scale 9") and ``fix``.
+    """
+
+    def check(module: nn.Module, _: Any, output: Any) -> None:
+        last = output.logits[:, -1] if hasattr(output, "logits") else output[0]  # of return_dict=False
+        if not module.training and not torch.isfinite(last).all():
+            raise PatchError("finite logits", f"they are not {cause}", fix)
+
+    # generate of a PEFT model calls the inner one
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.register_forward_hook(check)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Directions in the residual stream: find, compare, and steer along them."""
