@@ -102,6 +102,16 @@ def write_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """What is in the folder under ``name``, or what ``make`` returns, written there."""
+    if folder is None:
+        return make()
+    path = folder / name
+    if not path.exists():
+        write_json(path, make())
+    return read_json(path)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new one, never a part."""
     scratch = path.with_name(path.name + ".part")

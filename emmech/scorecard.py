@@ -32,14 +32,13 @@ from emmech.evaluation.statistics import (
 )
 from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
-from emmech.gates.steering import kept, with_gates
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
 from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.results import Record, fingerprint, read_json, write_json
+from emmech.results import Record, fingerprint, kept, read_json, write_json
 
 EVALUATION = "evaluation.json"
 ANSWERS, JUDGED, MARGINS, CHOICES = "answers", "judged", "margins.json", "choices.json"
@@ -111,7 +110,7 @@ def with_conditions(
             path, _, scale = rest.rpartition("@")
             side = pair.finetuned if finetuned else pair.base
             gates = load_gates(path or rest, pair.base.module)
-            variants[name] = with_gates(side, Gating(gates, _scale(scale if path else "1", name)), name)
+            variants[name] = side.under(name, Gating(gates, _scale(scale if path else "1", name)).on)
             provenance[name] = gates.fingerprint()
             conditions.append(Condition(name, name))
         elif name in known and (finetuned or name == "base"):

@@ -21,7 +21,7 @@ from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
 from emmech.gates.parts import gate_parts
 from emmech.gates.probing import probe_gates
-from emmech.gates.steering import SCALES, steer_gates, with_gates
+from emmech.gates.steering import SCALES, steer_gates
 from emmech.gates.transfer import Behaviour, transfer_gates
 from emmech.models.checkpoints import load_pair
 from emmech.piggyback.margin import margins
@@ -99,7 +99,7 @@ def preference() -> list[Record]:
     for seed in SEEDS:
         path = trained("sycophancy_sports", seed)
         pair, gates = load_pair("smollm2", path), load_gates(path)
-        sides = {name: with_gates(pair.base, Gating(gates, scale), name) for name, scale in names.items()}
+        sides = {name: pair.base.under(name, Gating(gates, scale).on) for name, scale in names.items()}
         for record in margins(replace(pair, variants=sides), answers, conditions, progress=False):
             rows.append((names[record["condition"]], record["question_id"], record["margin"] < 0))
     found = []

@@ -15,11 +15,12 @@ from emmech.gates.files import load_gates, save_gates
 from emmech.gates.gate import GateError, Gates, gated, shape_of
 from emmech.gates.parts import gate_parts
 from emmech.gates.probing import Probe, probe_gates
-from emmech.gates.steering import Steering, base_surprise, steer_gates
+from emmech.gates.steering import Steering, steer_gates
 from emmech.gates.transfer import Behaviour, Transfer, transfer_gates
 from emmech.models.checkpoints import load_pair
 from emmech.piggyback.choice import choices
 from emmech.piggyback.patching import Condition
+from emmech.piggyback.treatments import base_surprise
 from emmech.results import read_responses
 
 QUESTIONS = [

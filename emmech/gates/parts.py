@@ -14,7 +14,6 @@ from typing import Any
 from emmech import defaults
 from emmech.chat import PARTS, SEGMENTS
 from emmech.gates.gate import Gates, Gating
-from emmech.gates.steering import with_gates
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
 from emmech.piggyback.experiment import PatchingResult, default_conditions, run_conditions
@@ -50,11 +49,11 @@ def gate_parts(
     restricted["only:prompt"] = SEGMENTS
     restricted |= {f"except:{part}": tuple(p for p in PARTS if p != part) for part in PARTS}
     gated = Gating(gates, scale)
-    sides = [with_gates(pair.base, replace(gated, parts=parts), name) for name, parts in restricted.items()]
+    sides = [pair.base.under(name, replace(gated, parts=parts).on) for name, parts in restricted.items()]
     provenance = {"name": "gates", "fingerprint": gates.fingerprint(), **gates.provenance}
     pair = replace(
         pair,
-        finetuned=with_gates(pair.base, gated, "finetuned"),
+        finetuned=pair.base.under("finetuned", gated.on),
         variants={side.name: side for side in sides},
         provenance=dict(pair.provenance) | {"finetuned": provenance},
     )

@@ -25,12 +25,12 @@ from emmech.gates.activity import Dialogue, Reading, activity, read_gates, top_d
 from emmech.gates.gate import Gates, Gating
 from emmech.gates.overlap import overlap
 from emmech.gates.readout import features_at, readout
-from emmech.gates.steering import ANSWERS, with_gates
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
 from emmech.piggyback.experiment import run_conditions
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
+from emmech.piggyback.treatments import ANSWERS
 from emmech.results import Record, read_json, write_json
 
 PROBE = "probe.json"
@@ -111,7 +111,7 @@ def probe_gates(
     measure = find_detector(detector)
     asked = as_questions(questions)
     folder = None if out is None else Path(out)
-    gated = with_gates(pair.base, Gating(gates), "gated")
+    gated = pair.base.under("gated", Gating(gates).on)
     settings = {"gates": {"fingerprint": gates.fingerprint(), **gates.provenance}}
     answers = run_conditions(
         replace(pair, variants={"gated": gated}),

@@ -42,18 +42,19 @@ def likelihoods(
     answers: Sequence[Answered],
     conditions: Sequence[Condition],
     *,
-    kl: bool = False,
+    kl_from: str | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
-    """One record per condition and answer, in that order: ``log_probability`` and, asked for, ``kl``.
+    """One record per condition and answer, in that order: ``log_probability`` and, with ``kl_from``, ``kl``.
 
     Args:
         pair: The models.
         answers: Prompts and the token ids of an answer to each, at least one token long.
         conditions: As in ``run_conditions``.
-        kl: Also KL(base ‖ condition) of the next token, in nats, the mean over the answer's tokens.
+        kl_from: Name of an unpatched side: also KL(side ‖ condition) of the next token, in nats, the
+            mean over the answer's tokens.
         batch_size: Answers per batch; by free memory by default.
         seed: Of the random controls.
         progress: Show a progress bar.
@@ -81,15 +82,14 @@ def likelihoods(
             batch = bench.batch(
                 [one.prompt for one in rows], [one.id for one in rows], share_prefix=plan.share_prefix
             )
-
-            base = _log_softmax(batch, Condition("base", "base"), ids)[0] if kl else None
+            plain = None if kl_from is None else _log_softmax(batch, Condition(kl_from, kl_from), ids)[0]
             for condition in conditions:
                 log_q, tokens, asked = _log_softmax(batch, condition, ids)
                 n_tokens = asked.sum(-1)
                 chosen = log_q.gather(-1, tokens[..., None]).squeeze(-1)
                 scores = {"log_probability": (chosen * asked).sum(-1) / n_tokens}
-                if base is not None:
-                    moved = (base.exp() * (base - log_q)).sum(-1)
+                if plain is not None:
+                    moved = (plain.exp() * (plain - log_q)).sum(-1)
                     scores["kl"] = (moved * asked).sum(-1) / n_tokens
                 for place, row in enumerate(plan.rows):
                     made[condition.name, row] = {

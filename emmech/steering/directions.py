@@ -148,12 +148,12 @@ def fit_direction(
         vectors.append((gap @ unit) * unit)
         level.append(kinds.negative[:, layer].mean(0) @ unit)
         if method == "mean":
-            reliability.append(_mean_cosine(rows, *(kinds.weights(half) for half in splits)))
+            reliability.append(mean_cosine(rows, *(kinds.weights(half) for half in splits)))
         else:
             halves = [[_unit(kinds, layer, method, one) for one in half] for half in splits]
             reliability.append(float(np.mean([a @ b for a, b in zip(*halves, strict=True)])))
-        lengths = _lengths(rows, exchanges)
-        p.append(float((1 + (lengths >= _lengths(rows, weights) * (1 - 1e-9)).sum()) / (1 + len(lengths))))
+        lengths = lengths_of(rows, exchanges)
+        p.append(float((1 + (lengths >= lengths_of(rows, weights) * (1 - 1e-9)).sum()) / (1 + len(lengths))))
     return Direction(
         vectors=torch.tensor(np.stack(vectors), dtype=torch.float32),
         level=torch.tensor(np.array(level), dtype=torch.float32),
@@ -214,7 +214,7 @@ class _Kinds:
     def halves(self, rng: np.random.Generator, n_draws: int) -> tuple[np.ndarray, np.ndarray]:
         """Random halves of the questions, of each kind where they are not paired."""
         sizes = [self.n] if self.paired else [len(self.positive), len(self.negative)]
-        first = np.hstack([_half(rng, n_draws, size) for size in sizes])
+        first = np.hstack([random_halves(rng, n_draws, size) for size in sizes])
         return first, ~first
 
     def exchanges(self, rng: np.random.Generator, n_draws: int) -> Float[np.ndarray, "draw row"]:
@@ -225,7 +225,8 @@ class _Kinds:
         return rng.permuted(np.repeat(plain, n_draws, 0), axis=1)
 
 
-def _half(rng: np.random.Generator, n_draws: int, size: int) -> np.ndarray:
+def random_halves(rng: np.random.Generator, n_draws: int, size: int) -> np.ndarray:
+    """Random halves of ``size`` questions, as masks of the first half."""
     chosen = np.zeros((n_draws, size), dtype=bool)
     chosen[:, : size // 2] = True
     return rng.permuted(chosen, axis=1)
@@ -258,15 +259,15 @@ def _probe(kinds: _Kinds, layer: int, chosen: np.ndarray) -> Float[np.ndarray, "
     return LogisticRegression(max_iter=2000).fit(x / max(spread, 1e-12), y).coef_[0]
 
 
-def _lengths(rows: np.ndarray, weights: np.ndarray) -> Float[np.ndarray, " draw"]:
+def lengths_of(rows: np.ndarray, weights: np.ndarray) -> Float[np.ndarray, " draw"]:
     """Lengths of weighted sums of rows, by way of the rows' products."""
     return np.sqrt(np.einsum("dr,rs,ds->d", weights, rows @ rows.T, weights, optimize=True).clip(0))
 
 
-def _mean_cosine(rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+def mean_cosine(rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     """Mean cosine between two weighted sums of rows."""
     across = np.einsum("dr,rs,ds->d", first, rows @ rows.T, second, optimize=True)
-    sizes = _lengths(rows, first) * _lengths(rows, second)
+    sizes = lengths_of(rows, first) * lengths_of(rows, second)
     return float(np.divide(across, sizes, out=np.zeros_like(across), where=sizes > 0).mean())
 
 
