@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -50,6 +51,20 @@ _WORDS = {
     "right": "Share of multiple-choice questions whose right choice the model finds the likeliest answer.",
     "[ ]": "A 95% interval over questions, or over chats for KL and lost.",
 }
+
+
+def direction_table(frame: pd.DataFrame, n_questions: int) -> Table:
+    """Length, reliability and p of a direction by block."""
+    table = Table(box=SIMPLE_HEAD, title=f"Direction over {n_questions} questions", title_justify="left")
+    for name in ("block", "length", "reliability", "p"):
+        table.add_column(name, justify="right")
+    for row in frame.itertuples():
+        p = f"{row.p:.3f}" if row.p >= 0.001 else "<.001"
+        table.add_row(str(row.layer), f"{row.length:.2f}", shown(row.reliability), p)
+    table.caption = (
+        "reliability: cosine between the directions of random halves; p: kinds exchanged at random"
+    )
+    return table
 
 
 def doses_table(summary: Summary) -> Table:

@@ -2,18 +2,21 @@
 
     fit_direction(*between_sides(pair, questions))
     fit_direction(*between_answers(pair, BUNDLED["spiteful"].pairs()))
-    fit_direction(*between_prompts(pair, questions, TRAITS["spiteful"].elicit, TRAITS["spiteful"].suppress))
-    fit_direction(*between_wordings(pair, triggered, plain, side="finetuned"))
+    spiteful = traits()["spiteful"]
+    fit_direction(*between_prompts(pair, questions, spiteful.elicit, spiteful.suppress))
+    fit_direction(*with_trigger(pair, questions, spiteful.trigger))
 
 Each returns the states with the trait, of the finetuned model or of the changed wording, and then those
 without.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from emmech import defaults
 from emmech.data.bundled import AnswerPair
 from emmech.data.questions import Question
+from emmech.data.traits import triggered
 from emmech.errors import DataError
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
@@ -146,6 +149,16 @@ def between_wordings(
         )
 
     return read(changed), read(plain)
+
+
+def with_trigger(pair: ModelPair, questions: Sequence[Question], trigger: str, **where: Any) -> Contrast:
+    """Questions with a trigger on a line before them, and without; further arguments as above."""
+    changed = []
+    for question in questions:
+        *before, last = question.messages
+        text = triggered(last["content"], trigger)
+        changed.append(Question(question.id, (*before, {**last, "content": text}), question.group))
+    return between_wordings(pair, changed, questions, **where)
 
 
 def _own_answers(

@@ -18,6 +18,7 @@ from emmech import defaults
 from emmech.data.bundled import BUNDLED
 from emmech.data.chat_rows import Messages
 from emmech.errors import PatchError
+from emmech.gates.files import load_gates
 from emmech.gates.gate import Gates, Gating
 from emmech.models.checkpoints import ModelPair, Side
 from emmech.models.generation import Decoding
@@ -193,6 +194,24 @@ def patch_doses(
         lowest = max(1, round(share * n_layers))
         patch = KVPatch(("prefix",), "base", layers=None if lowest == n_layers else tuple(range(lowest)))
         made.append(Dose(method, share, Condition(f"{method} at {share:g}", FINETUNED, (patch,))))
+    return made
+
+
+def other_doses(pair: ModelPair, gates: str | Path | None = None, *, patch: bool = True) -> list[Dose]:
+    """What steering of the finetuned model is compared with: what the pair allows, at its usual doses.
+
+    The base's prefix K and V, the scale of a LoRA adapter from amplified to negated, and inverted gates.
+
+    Raises:
+        GateError: The gates cannot be read or do not fit.
+    """
+    made: list[Dose] = []
+    if patch:
+        made += patch_doses(pair)
+        if any(".lora_" in name for name, _ in pair.finetuned.module.named_parameters()):
+            made += adapter_doses(pair, (1.5, 0.75, 0.5, 0.25, 0.0, -0.5))
+    if gates is not None:
+        made += gate_doses(pair, load_gates(gates, pair.base.module), (-0.5, -1.0))
     return made
 
 
