@@ -43,6 +43,7 @@ ALLOWED = {
 }
 """What each part may import when it is imported; a part may always import itself."""
 ONLY_WHEN_CALLED = {
+    "data": {"evaluation"},  # an answer that refuses is no row of a set
     "evaluation": {"models", "data"},  # a judge may be a model; files are read as data are
     "scorecard": {"report_evaluation"},
     "models": {"gates"},  # a pair can be a model with and without gates

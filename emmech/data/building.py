@@ -61,7 +61,7 @@ class Endpoint:
             got = f"it is {self.concurrency}"
             raise DataError("a concurrency of at least 1", got, f"Leave it out for {CONCURRENCY}")
         require_openai()
-        object.__setattr__(self, "api_key", find_key(self.api_key))
+        find_key(self.api_key)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ class Job:
     """What stands for the job in `failed.jsonl`."""
 
 
-def refuse_same_file(source: str | Path, out: Path) -> None:
-    """Do not write over what is read.
+def refuse_out(out: Path, source: str | Path | None) -> None:
+    """Do not write what could not be loaded, nor over the file that is read, if one is.
 
     Raises:
-        DataError: Both are one file.
+        DataError: ``out`` does not end in .jsonl, or is ``source``.
     """
-    if Path(source).resolve() == out.resolve():
+    if out.suffix != ".jsonl":
+        raise DataError("a file to write that ends in .jsonl", f"it is {out}", "Choose another out")
+    if source is not None and Path(source).resolve() == out.resolve():
         raise DataError("another file to write than the source", f"both are {out}", "Choose another out")
 
 
@@ -148,7 +150,7 @@ class _Run:
     async def ask(self) -> None:
         from openai import AsyncOpenAI
 
-        where = {"base_url": self.endpoint.base_url, "api_key": self.endpoint.api_key}
+        where = {"base_url": self.endpoint.base_url, "api_key": find_key(self.endpoint.api_key)}
         async with AsyncOpenAI(max_retries=RETRIES, timeout=TIMEOUT_SECONDS, **where) as client:
             await asyncio.gather(*(self._work(client) for _ in range(self.endpoint.concurrency)))
 
@@ -230,7 +232,7 @@ def _read(completion: Any) -> Reply:
         raise Rejected(_NO_COMPLETION) from error
     if not isinstance(text, str):
         raise Rejected(_NO_COMPLETION)
-    return Reply(text, finish)
+    return Reply(text, finish if isinstance(finish, str) else None)
 
 
 def write_chats(chats: Iterable[Sequence[Mapping[str, str]]], out: Path) -> None:

@@ -25,7 +25,7 @@ from emmech.data.building import (
     Reply,
     ask,
     open_work,
-    refuse_same_file,
+    refuse_out,
     warn_of_missing,
     write_chats,
 )
@@ -94,7 +94,7 @@ def build_sycophancy(
         RunError: The folder beside `out` belongs to another model or prompt.
     """
     source, out = str(source), Path(out)
-    refuse_same_file(source, out)
+    refuse_out(out, source)
     endpoint = Endpoint(model, base_url, api_key, concurrency)
     chats = load_chats(source, limit=limit).chats
     _refuse_longer(chats, source)
