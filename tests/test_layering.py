@@ -35,9 +35,11 @@ ALLOWED = {
     "report_evaluation": SCIENCE | {"figures", "report_page"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
+    "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
-    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"},
+    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
+    | {"integrations"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }
