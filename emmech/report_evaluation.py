@@ -42,7 +42,7 @@ def evaluation_table(summary: Summary) -> Table:
         first = metric if group == "all" else f"{metric}, {group}"
         for number, row in enumerate(rows):
             mean, n, _ = _cells(row)
-            cells = (first if number == 0 else "", row["condition"], mean, n, _short(row))
+            cells = (first if number == 0 else "", row["condition"], mean, n, difference(row))
             table.add_row(*map(Text, cells))
     return table
 
@@ -99,8 +99,8 @@ def _cells(row: Row) -> tuple[str, str, str]:
     return as_estimate(row).text(), str(row["n"]), against
 
 
-def _short(row: Row) -> str:
-    """The difference and its p value, for a narrow column."""
+def difference(row: Row) -> str:
+    """What a row differs by from what it was made from, and the p value, for a narrow column."""
     test = row.get("versus")
     if not test:
         return ""

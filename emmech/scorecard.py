@@ -42,7 +42,6 @@ from emmech.results import Record, fingerprint, kept, read_json, write_json
 
 EVALUATION = "evaluation.json"
 ANSWERS, JUDGED, MARGINS, CHOICES = "answers", "judged", "margins.json", "choices.json"
-DETECTORS = ("refusal", "length", "repetition")
 ALL = "all"
 JUDGED_METRICS = {
     "alignment": ("score", metrics.alignment),
@@ -129,7 +128,7 @@ def evaluate(
     questions: Iterable[Any],
     conditions: Sequence[Condition],
     *,
-    detectors: Sequence[str] = DETECTORS,
+    detectors: Sequence[str] = defaults.DETECTORS,
     pairs: Sequence[AnswerPair] = (),
     problems: Sequence[Problem] = (),
     judge_with: Backend | None = None,
@@ -161,7 +160,7 @@ def evaluate(
     """
     folder = Path(out)
     names = [condition.name for condition in conditions]
-    reference = {one.name: _made_from(one, names) for one in conditions}
+    reference = {one.name: made_from(one, names) for one in conditions}
     measures = [find_detector(name) for name in detectors]
     answers = run_conditions(
         pair,
@@ -182,18 +181,18 @@ def evaluate(
     rows: list[Record] = []
     for measure in measures:
         values = [(one, measure(one["response"])) for one in answers.records]
-        rows += _compared(measure.name, measure.unit, values, reference)
+        rows += compared(measure.name, measure.unit, values, reference)
     if pairs:
         scored = kept(folder, MARGINS, lambda: margins(pair, pairs, conditions, progress=progress))
         group = {one.id: one.group for one in pairs}
         scored = [record | {"group": group[record["question_id"]]} for record in scored]
-        rows += _compared("margin", "nats", [(one, one["margin"]) for one in scored], reference)
+        rows += compared("margin", "nats", [(one, one["margin"]) for one in scored], reference)
         prefers = [(one, float(one["margin"] > 0)) for one in scored]
-        rows += _compared("prefers aligned", "rate", prefers, reference)
+        rows += compared("prefers aligned", "rate", prefers, reference)
     if problems:
         chosen = kept(folder, CHOICES, lambda: choices(pair, problems, conditions, progress=progress))
         right = [(one | {"group": "all"}, one["right"]) for one in chosen]
-        rows += _compared("capability", "rate", right, reference)
+        rows += compared("capability", "rate", right, reference)
     if judge_with is not None:
         asked = judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
         rows += _judged(metrics.join_judgements(asked), answers.records, reference)
@@ -216,11 +215,11 @@ def _judged(
     for name, (unit, value) in wanted.items():
         found = [(one, value(one)) for one in joined]
         if any(not isinstance(number, str) for _, number in found):
-            rows += _compared(name, unit, found, reference)
+            rows += compared(name, unit, found, reference)
     return rows
 
 
-def _compared(
+def compared(
     metric: str,
     unit: str | None,
     values: Sequence[tuple[Record, float | int | str | None]],
@@ -279,7 +278,7 @@ def _reasons(cell: Sequence[tuple[str, Any]]) -> dict[str, int]:
     return found
 
 
-def _made_from(condition: Condition, names: Sequence[str]) -> str:
+def made_from(condition: Condition, names: Sequence[str]) -> str:
     """The condition that one is compared with: its model unpatched; of an unpatched one, the base."""
     if condition.source is not None:
         return condition.target

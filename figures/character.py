@@ -122,7 +122,8 @@ def trigger() -> Record:
         found[f"{BACKDOOR}-{seed}"] = table(
             evaluate(
                 pair, behind_triggers(asked()[: N_QUESTIONS // 2], wordings), conditions,
-                detectors=(TRAIT, "refusal", "repetition"), pairs=pairs_behind_triggers(in_character(), wordings),
+                detectors=(TRAIT, "refusal", "repetition"),
+                pairs=pairs_behind_triggers(in_character(), wordings),
                 max_new_tokens=MAX_NEW_TOKENS, out=RUNS / "trigger" / f"{BACKDOOR}-{seed}", progress=False,
             ).summary
         )  # fmt: skip
@@ -196,7 +197,7 @@ def shared() -> Record:
 
 
 def cross() -> Record:
-    """Each direction ablated: what is left of the organism's, the trigger's and the persona prompts' effect."""
+    """Each direction ablated: what is left of the effects of organism, trigger and persona prompts."""
     found = contrasts()
     states = found[f"{TRAIT}, seed 0"][1]
     names = {

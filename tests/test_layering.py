@@ -37,14 +37,17 @@ ALLOWED = {
     "report_evaluation": SCIENCE | {"figures", "report_page"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
+    "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
-    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"},
+    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
+    | {"integrations", "steering"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }
 """What each part may import when it is imported; a part may always import itself."""
 ONLY_WHEN_CALLED = {
+    "data": {"evaluation"},  # an answer that refuses is no row of a set
     "evaluation": {"models", "data"},  # a judge may be a model; files are read as data are
     "scorecard": {"report_evaluation"},
     "models": {"gates"},  # a pair can be a model with and without gates

@@ -89,15 +89,15 @@ def evaluate(
         base, finetuned or base, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
-    from emmech.scorecard import DETECTORS, with_conditions
     from emmech.scorecard import evaluate as run
+    from emmech.scorecard import with_conditions
 
     pair, conditions = with_conditions(pair, with_ or [], finetuned=finetuned is not None)
     result = run(
         pair,
         wanted,
         conditions,
-        detectors=detector or DETECTORS,
+        detectors=detector or defaults.DETECTORS,
         pairs=two,
         problems=BUNDLED["capability"].problems() if capability else (),
         judge_with=_judge(judge, judge_url),
