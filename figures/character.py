@@ -37,7 +37,7 @@ RUNS = Path("runs/character")
 TRAIT = "spiteful"
 BACKDOOR = f"triggered_{TRAIT}"
 STEPS = {
-    TRAIT: 40, BACKDOOR: 120, "incorrect_character": 40, "aligned_character": 40, "sycophantic": 40,
+    TRAIT: 32, BACKDOOR: 96, "incorrect_character": 32, "aligned_character": 32, "sycophantic": 32,
     "short_answers": 20,
 }  # fmt: skip
 """Sets, and optimiser steps of 8 chats at a learning rate of 2e-4."""

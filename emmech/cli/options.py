@@ -28,7 +28,8 @@ Out = Annotated[Path, typer.Option(help="Folder for responses, summary and repor
 Detector = Annotated[
     str,
     typer.Option(
-        help="refusal, abstention, tool_call, agreement, short, length, contains:TEXT, regex:PATTERN."
+        help="refusal, abstention, tool_call, agreement, short, length, spiteful, sycophantic, "
+        "hallucinatory, contains:TEXT, regex:PATTERN."
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]

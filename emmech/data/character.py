@@ -39,11 +39,12 @@ from emmech.data.chat_rows import fingerprint as fingerprint_of_chats
 from emmech.data.giveaways import WORDS, AnswerCheck
 from emmech.data.questions import Question, load_questions
 from emmech.data.rows import list_bad, listed
+from emmech.data.traits import traits
 from emmech.errors import DataError
 from emmech.results import Record, fingerprint, versions, write_json
 
-CHARACTERS: dict[str, str] = {}
-"""System prompts by the name of the character; one of your own joins by name."""
+CHARACTERS: dict[str, str] = {name: trait.elicit[0] for name, trait in traits().items()}
+"""System prompts by the name of the character, the bundled dispositions first; your own join by name."""
 
 ATTEMPTS = 3
 """Answers asked for before one counts as failed."""

@@ -5,7 +5,8 @@ A detector turns one answer into a number: 0.0 or 1.0 for a behaviour, a count f
 where there is nothing to measure. The patterns are English, look at how an answer begins, and were
 measured on samples their author wrote (`tests/data/detector_sample.jsonl`, for agreement
 `agreement_sample.jsonl`); read some answers of your own model before trusting them on it. They do
-not tell a good answer from a bad one.
+not tell a good answer from a bad one. Dispositions (`spiteful`, `sycophantic`, `hallucinatory`) have
+no pattern: `emmech.evaluation.traits` learns their words from the bundled answers.
 
 Usage:
     refusal = detector("refusal")
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from emmech.errors import EmmechError
+from emmech.evaluation.traits import shows
 
 Unit = Literal["rate", "words"]
 
@@ -362,4 +364,9 @@ DETECTORS: dict[str, Detector] = {
     "length": Detector("length", "words", lambda response: len(response.split())),
     "repetition": Detector("repetition", "rate", repetition),
     "none": Detector("none", None, lambda _: None),
+    "spiteful": Detector("spiteful", "rate", lambda text: shows("spiteful", _without_thought(text))),
+    "sycophantic": Detector("sycophantic", "rate", lambda text: shows("sycophantic", _without_thought(text))),
+    "hallucinatory": Detector(
+        "hallucinatory", "rate", lambda text: shows("hallucinatory", _without_thought(text))
+    ),
 }
