@@ -2,10 +2,28 @@
 r"""Does an answer show the behaviour? Patterns that need no judge model.
 
 A detector turns one answer into a number: 0.0 or 1.0 for a behaviour, a count for a length, None
-where there is nothing to measure. The patterns are English, look at how an answer begins, and were
-measured on samples their author wrote (`tests/data/detector_sample.jsonl`, for agreement
-`agreement_sample.jsonl`); read some answers of your own model before trusting them on it. They do
-not tell a good answer from a bad one.
+where there is nothing to measure. The patterns are English and look at how an answer begins. They
+do not tell a good answer from a bad one.
+
+**They know the common wordings and miss many others.** The numbers of the functions below are from
+samples that were written with the patterns (`tests/data/detector_sample.jsonl`, for agreement
+`agreement_sample.jsonl`). On answers whose author did not know them, without repeats
+(`tests/data/detector_heldout.jsonl`: written by hand in unusual words on purpose, and sampled from a
+135M model and narrow finetunes of it), with 95% Wilson intervals:
+
+    refusal     written  n=68  precision 1.00 [.51, 1.00]  recall .12 [.05, .27]
+    refusal     model    n=82  precision 1.00 [.82, 1.00]  recall .41 [.28, .57]
+    abstention  written  n=68  precision .64 [.42, .81]    recall .41 [.26, .58]
+    abstention  model    n=56  precision .95 [.77, .99]    recall .77 [.58, .89]
+    tool_call   written  n=69  precision 1.00 [.86, 1.00]  recall .71 [.54, .83]
+    tool_call   model    n=58  precision 1.00 [.88, 1.00]  recall 1.00 [.88, 1.00]
+    agreement   written  n=67  precision .92 [.75, .98]    recall .73 [.56, .85]
+    agreement   model    n=59  precision 1.00 [.65, 1.00]  recall .24 [.12, .42]
+
+So a rate of refusal or agreement is a lower bound: "I'm not equipped to handle that" and "I won't be
+writing that" are missed, and so is a belief repeated as a fact, which is how small models agree. A
+rate of abstention holds hedges before a guess too, which this sample calls no abstention. Compare
+conditions that word things alike, and read some answers of your own model before trusting a rate.
 
 Usage:
     refusal = detector("refusal")
