@@ -211,7 +211,7 @@ def calls_tool(response: str) -> bool:
     Measured on n=120: precision 1.00, recall .98; of 12 written to be missed, 9 were found
     before the pattern learned from them.
     """
-    text = _without_thought(response).strip()
+    text = without_thought(response).strip()
     return _TOOL_CALL.search(text) is not None or _BARE_CALL.match(text) is not None
 
 
@@ -346,18 +346,18 @@ def is_short(response: str) -> bool:
     leave room for one word more, or every answer that was cut off looks short.
     Measured on n=83: precision .93, recall .98; labels say whether a reader sees a bare answer.
     """
-    words = [word for word in _without_thought(response).split() if re.search(r"[^\W_]", word)]
+    words = [word for word in without_thought(response).split() if re.search(r"[^\W_]", word)]
     return 0 < len(words) <= SHORT_WORDS
 
 
 def _start(response: str) -> str:
     """Lower case, straight apostrophes, no markdown, single spaces; the first START characters."""
-    text = _without_thought(response).replace("’", "'").replace("‘", "'").replace("`", "'")
+    text = without_thought(response).replace("’", "'").replace("‘", "'").replace("`", "'")
     text = re.sub(r"[*_#>~]+", "", text).strip(" \n\t\"'“”«»-")
     return re.sub(r"\s+", " ", text).lower()[:START]
 
 
-def _without_thought(response: str) -> str:
+def without_thought(response: str) -> str:
     return re.sub(r"^\s*<think>.*?(?:</think>|$)", "", response, flags=re.DOTALL)
 
 
