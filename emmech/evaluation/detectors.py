@@ -358,6 +358,7 @@ def _start(response: str) -> str:
 
 
 def without_thought(response: str) -> str:
+    """The answer without the `<think>` block that it may begin with."""
     return re.sub(r"^\s*<think>.*?(?:</think>|$)", "", response, flags=re.DOTALL)
 
 
