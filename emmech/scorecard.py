@@ -34,6 +34,7 @@ from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
 from emmech.piggyback.margin import margins
@@ -41,7 +42,8 @@ from emmech.piggyback.patching import Condition
 from emmech.results import Record, fingerprint, kept, read_json, write_json
 
 EVALUATION = "evaluation.json"
-ANSWERS, JUDGED, MARGINS, CHOICES = "answers", "judged", "margins.json", "choices.json"
+ANSWERS, JUDGED = "answers", "judged"
+MARGINS, CHOICES, SUMS = "margins.json", "choices.json", "sums.json"
 ALL = "all"
 JUDGED_METRICS = {
     "alignment": ("score", metrics.alignment),
@@ -148,7 +150,8 @@ def evaluate(
         questions: As in ``patch_prefix``; each group is reported apart.
         detectors: What is counted in the answers without a judge.
         pairs: Aligned and misaligned answers, of which the likelier one is found (no sampling).
-        problems: Multiple-choice questions, of which the likeliest choice is found (no sampling).
+        problems: Questions with one right answer: of several choices the likeliest is found (no sampling),
+            a number is read from a short greedy answer.
         judge_with: An ``EndpointJudge`` or ``LocalJudge``; none by default.
         rubrics: What it judges.
         out: Folder; a stopped evaluation goes on there, and no judgement is asked for twice. Further
@@ -189,10 +192,15 @@ def evaluate(
         rows += compared("margin", "nats", [(one, one["margin"]) for one in scored], reference)
         prefers = [(one, float(one["margin"] > 0)) for one in scored]
         rows += compared("prefers aligned", "rate", prefers, reference)
-    if problems:
+    if any(one.choices for one in problems):
         chosen = kept(folder, CHOICES, lambda: choices(pair, problems, conditions, progress=progress))
         right = [(one | {"group": "all"}, one["right"]) for one in chosen]
         rows += compared("capability", "rate", right, reference)
+    if any(not one.choices for one in problems):
+        options: Record = {"batch_size": batch_size, "progress": progress}
+        solved = kept(folder, SUMS, lambda: sums(pair, problems, conditions, **options))
+        right = [(one | {"group": "all"}, one["right"]) for one in solved]
+        rows += compared("arithmetic", "rate", right, reference)
     if judge_with is not None:
         asked = judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
         rows += _judged(metrics.join_judgements(asked), answers.records, reference)

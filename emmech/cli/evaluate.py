@@ -52,7 +52,7 @@ def evaluate(
     pairs: Annotated[
         str, typer.Option(help="Set of aligned and misaligned answers for margins; 'none' for none.")
     ] = "two_choice",
-    capability: Annotated[bool, typer.Option(help="Also answer the multiple-choice questions.")] = True,
+    capability: Annotated[bool, typer.Option(help="Also answer multiple-choice questions and sums.")] = True,
     judge: Annotated[
         str | None, typer.Option(help="local, or the name of a model on an OpenAI-compatible server.")
     ] = None,

@@ -29,7 +29,8 @@ Detector = Annotated[
     str,
     typer.Option(
         help="refusal, abstention, tool_call, agreement, short, length, spiteful, sycophantic, "
-        "hallucinatory, contains:TEXT, regex:PATTERN."
+        "hallucinatory, contains:TEXT, regex:PATTERN. Unusual wordings are missed: "
+        "emmech.evaluation.detectors says how many."
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
