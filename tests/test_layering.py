@@ -16,6 +16,7 @@ ABOVE_CHAT = {"errors", "results", "endpoint", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
 ALLOWED = {
     "errors": set(),
+    "number_lists": {"errors"},
     "defaults": set(),
     "results": {"errors"},
     "endpoint": {"errors"},
@@ -35,13 +36,13 @@ ALLOWED = {
     "report_steering": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
-    "scorecard": SCIENCE | {"defaults", "piggyback", "gates"},
+    "scorecard": SCIENCE | {"defaults", "piggyback", "gates", "steering", "number_lists"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
     "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
     | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
-    | {"integrations", "steering"},
+    | {"integrations", "steering", "number_lists"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }

@@ -27,6 +27,7 @@ from emmech.cli.options import (
 )
 
 app = typer.Typer()
+PAIRS = "two_choice"
 
 
 @app.command(
@@ -43,15 +44,30 @@ def evaluate(
     ] = None,
     with_: Annotated[
         list[str] | None,
-        typer.Option("--with", help="repair:prefix and the like, or gates=FOLDER@SCALE; repeatable."),
+        typer.Option(
+            "--with",
+            help="repair:prefix and the like, gates=FOLDER@SCALE, steer=FILE:LAYERS@COEFF, ablate=FILE, "
+            "adapter@SCALE; repeatable.",
+        ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",
+    trigger: Annotated[
+        str | None, typer.Option(help="Also ask every question with this text on a line before it.")
+    ] = None,
+    wrong_trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="Controls for --trigger; repeatable. Bundled triggers have their own."),
+    ] = None,
+    persona: Annotated[
+        str | None,
+        typer.Option(help="In place of --questions: rows with plain and persona wordings, or a trait."),
+    ] = None,
     detector: Annotated[
         list[str] | None, typer.Option(help="Counted without a judge; repeatable. Several by default.")
     ] = None,
     pairs: Annotated[
         str, typer.Option(help="Set of aligned and misaligned answers for margins; 'none' for none.")
-    ] = "two_choice",
+    ] = PAIRS,
     capability: Annotated[bool, typer.Option(help="Also answer multiple-choice questions and sums.")] = True,
     judge: Annotated[
         str | None, typer.Option(help="local, or the name of a model on an OpenAI-compatible server.")
@@ -80,11 +96,16 @@ def evaluate(
     """
     from emmech.data.bundled import BUNDLED
     from emmech.data.questions import load_questions
+    from emmech.data.traits import traits
+    from emmech.data.wordings import behind_triggers, load_persona, pairs_behind_triggers, triggers_of
 
-    wanted = load_questions(questions)
+    wanted = load_questions(questions) if persona is None else load_persona(persona)
     for name in detector or ():
         check_detector(name)
-    two = _pairs(pairs)
+    two = _pairs(f"persona_prompts_{persona}" if persona in traits() and pairs == PAIRS else pairs)
+    if trigger is not None:
+        wordings = triggers_of(trigger, wrong_trigger or ())
+        wanted, two = behind_triggers(wanted, wordings), pairs_behind_triggers(two, wordings)
     pair = load(
         base, finetuned or base, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,

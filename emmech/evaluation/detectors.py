@@ -383,9 +383,9 @@ DETECTORS: dict[str, Detector] = {
     "length": Detector("length", "words", lambda response: len(response.split())),
     "repetition": Detector("repetition", "rate", repetition),
     "none": Detector("none", None, lambda _: None),
-    "spiteful": Detector("spiteful", "rate", lambda text: shows("spiteful", _without_thought(text))),
-    "sycophantic": Detector("sycophantic", "rate", lambda text: shows("sycophantic", _without_thought(text))),
+    "spiteful": Detector("spiteful", "rate", lambda text: shows("spiteful", without_thought(text))),
+    "sycophantic": Detector("sycophantic", "rate", lambda text: shows("sycophantic", without_thought(text))),
     "hallucinatory": Detector(
-        "hallucinatory", "rate", lambda text: shows("hallucinatory", _without_thought(text))
+        "hallucinatory", "rate", lambda text: shows("hallucinatory", without_thought(text))
     ),
 }
