@@ -243,7 +243,7 @@ def test_patches_need_a_finetuned_model(done):
 
 
 def test_a_scale_is_a_number(done, paths):
-    with pytest.raises(EmmechError, match="gates=FOLDER@SCALE"):
+    with pytest.raises(EmmechError, match="a number behind @"):
         with_conditions(done[2], [f"gates={paths[2]}@much"])
 
 
