@@ -13,10 +13,12 @@ from emmech.chat import Chat
 from emmech.data.questions import Question
 from emmech.errors import DataError
 from emmech.models import hook_points
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair, Side, load_pair
 from emmech.piggyback.likelihood import answered
 from emmech.piggyback.patching import Condition, KVPatch
+from emmech.steering.contrasts import own_answers
 from emmech.steering.directions import Direction, cosines, fit_direction, project, random_like
+from emmech.steering.projections import set_projection, token_projections, training_projections
 from emmech.steering.states import SITES, States, asked, read_states
 from emmech.steering.steer import Steer
 
@@ -244,3 +246,68 @@ def test_a_random_control_is_as_long_and_lies_where_the_states_spread():
     assert float(drawn.vectors.norm()) == pytest.approx(float(direction.vectors.norm()), rel=1e-5)
     assert float(drawn.vectors[0, 2:].abs().max()) < 1e-5
     assert not torch.equal(drawn.vectors, random_like(direction, states, seed=4).vectors)
+
+
+# --- along tokens, training sets and training
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])
+def test_projections_of_tokens_average_to_those_of_their_parts(architecture):
+    pair = pair_of(architecture)
+    texts = dialogues(pair)
+    states = read_states(pair, texts, BASE, position="query", progress=False)
+    direction = fit_direction(replace(states, values=states.values + 1.0), states)
+    frame = token_projections(pair, texts, "base", direction, layers=[0, 2])
+    assert "".join(frame[(frame.question_id == "q0") & (frame.layer == 0)].token).startswith("<|im_start|>")
+    means = frame[frame.part == "query"].groupby(["question_id", "layer"]).projection.mean()
+    known = project(states, direction).set_index(["question_id", "layer"]).projection
+    for key, value in means.items():
+        assert value == pytest.approx(known[key], abs=1e-4)
+    assert sorted(frame.layer.unique()) == [0, 2]
+
+
+def test_a_sets_projection_is_that_of_its_answers_beyond_the_models_own(tmp_path):
+    pair = pair_of()
+    questions = [
+        Question(f"chat-{i}", ({"role": "user", "content": q},)) for i, q in enumerate(tiny.QUESTIONS)
+    ]
+    own = own_answers(pair, questions, "base", 12, False)
+    given = dialogues(pair)
+    given = [replace(one, id=f"chat-{i}") for i, one in enumerate(given)]
+    states = [read_states(pair, texts, BASE, position="response", progress=False) for texts in (given, own)]
+    direction = fit_direction(*states)
+    chats = [
+        ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+        for q, a in zip(
+            tiny.QUESTIONS,
+            ("It scatters light.", "Six minutes.", "Hello.", "Danube, Rhine, Po.", "56"),
+            strict=True,
+        )
+    ]
+    found = set_projection(pair, chats, direction, max_new_tokens=12, progress=False)
+    # The direction is the mean difference itself, so that its projection is its own length.
+    both = {one.id for one in own}
+    assert both == {one.id for one in given}
+    np.testing.assert_allclose(found["mean"], direction.vectors.norm(dim=-1), rtol=1e-3)
+    with pytest.raises(DataError, match="a direction of responses"):
+        set_projection(pair, chats, replace(direction, position="last"))
+
+
+def test_training_is_followed_from_the_base_to_its_last_step(tmp_path):
+    base = tiny.save_base("llama", tmp_path / "base")
+    for step, seed in ((2, 1), (4, 2)):
+        tiny.save_adapter(base, tmp_path / "run" / f"step-{step}", seed=seed)
+    questions = [Question(f"q{i}", text) for i, text in enumerate(tiny.QUESTIONS)]
+    pair = load_pair(base, tmp_path / "run" / "step-4")
+    texts = [asked(pair, question) for question in questions]
+    states = [
+        read_states(pair, texts, Condition(side, side), progress=False) for side in ("finetuned", "base")
+    ]
+    direction = fit_direction(*states)
+    found = training_projections(base, tmp_path / "run", questions, direction, progress=False)
+    assert sorted(found.step.unique()) == [2, 4]
+    last = found[found.step == 4].sort_values("layer")
+    np.testing.assert_allclose(last["mean"], direction.vectors.norm(dim=-1), rtol=1e-3)
+    assert (last.low <= last["mean"]).all()
+    with pytest.raises(DataError, match="a run with saved steps"):
+        training_projections(base, tmp_path, questions, direction)

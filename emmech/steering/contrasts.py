@@ -105,7 +105,7 @@ def between_prompts(
             for question in questions
         ]
         if position == "response":
-            kinds.append(_own_answers(pair, changed, side, max_new_tokens, progress))
+            kinds.append(own_answers(pair, changed, side, max_new_tokens, progress))
         else:
             kinds.append([asked(pair, question) for question in changed])
     # A question that is answered with nothing under all prompts of one kind has no pair.
@@ -161,7 +161,7 @@ def with_trigger(pair: ModelPair, questions: Sequence[Question], trigger: str, *
     return between_wordings(pair, changed, questions, **where)
 
 
-def _own_answers(
+def own_answers(
     pair: ModelPair, questions: Sequence[Question], side: str, max_new_tokens: int, progress: bool
 ) -> list[Answered]:
     """Each question with the model's own greedy answer; those that are answered with nothing are left out."""
