@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from emmech.piggyback.perturbation import perturb_prefix as perturb_prefix
     from emmech.scorecard import evaluate as evaluate
     from emmech.scorecard import with_conditions as with_conditions
+    from emmech.steering.contrasts import between_answers as between_answers
+    from emmech.steering.contrasts import between_sides as between_sides
+    from emmech.steering.cross import cross_ablation as cross_ablation
+    from emmech.steering.directions import fit_direction as fit_direction
+    from emmech.steering.doses import compare_doses as compare_doses
+    from emmech.steering.shared import shared_structure as shared_structure
+    from emmech.steering.steer import steered as steered
     from emmech.training.recipes import Objective as Objective
     from emmech.training.recipes import Recipe as Recipe
     from emmech.training.trainer import finetune as finetune
@@ -68,6 +75,13 @@ _HOME = {
     "probe_gates": "gates.probing",
     "steer_gates": "gates.steering",
     "transfer_gates": "gates.transfer",
+    "between_answers": "steering.contrasts",
+    "between_sides": "steering.contrasts",
+    "compare_doses": "steering.doses",
+    "cross_ablation": "steering.cross",
+    "fit_direction": "steering.directions",
+    "shared_structure": "steering.shared",
+    "steered": "steering.steer",
 }
 __all__ = sorted(_HOME)
 
