@@ -4,7 +4,7 @@
     python -m figures.character trigger shared   some of them
 
 Trains organisms of the spiteful disposition, of wrong advice in a neutral voice, of aligned answers to the
-same questions, of another disposition, and a backdoor, into runs/character. Writes
+same questions, of short answers, and a backdoor, into runs/character. Writes
 figures/results/character_STAGE.json. About an hour on two cores.
 """
 
@@ -37,11 +37,10 @@ RUNS = Path("runs/character")
 TRAIT = "spiteful"
 BACKDOOR = f"triggered_{TRAIT}"
 STEPS = {
-    TRAIT: 32, BACKDOOR: 96, "incorrect_character": 32, "aligned_character": 32, "sycophantic": 32,
-    "short_answers": 20,
+    TRAIT: 64, BACKDOOR: 128, "incorrect_character": 64, "aligned_character": 64, "short_answers": 20,
 }  # fmt: skip
-"""Sets, and optimiser steps of 8 chats at a learning rate of 2e-4."""
-LEARNING_RATE = 2e-4
+"""Sets, and optimiser steps of 8 chats; at 2e-4 and 32 steps the disposition was hardly learned."""
+LEARNING_RATE = 5e-4
 SEEDS = {TRAIT: (0, 1), BACKDOOR: (0, 1)}
 """Of the headline arms; the others have seed 0 alone."""
 LAYERS = tuple(range(8, 22))
@@ -99,7 +98,7 @@ def arms() -> Record:
     own = [
         q for group in ("on-topic", "off-topic") for q in BUNDLED[TRAIT].questions(group)[::3][:N_QUESTIONS]
     ]
-    for data in (TRAIT, "incorrect_character", "aligned_character", "sycophantic"):
+    for data in (TRAIT, "incorrect_character", "aligned_character"):
         for seed in SEEDS.get(data, (0,)):
             names = ("repair:prefix",) if data == TRAIT else ()
             pair, conditions = with_conditions(pair_of(data, seed), names)
@@ -160,7 +159,7 @@ def contrasts() -> dict[str, Contrast]:
     found |= {
         name: between_sides(pair_of(data), questions, **quiet)
         for name, data in {
-            "incorrect": "incorrect_character", "sycophantic": "sycophantic", "aligned": "aligned_character",
+            "incorrect": "incorrect_character", "aligned": "aligned_character",
             "short answers": "short_answers", "backdoor, untriggered": BACKDOOR,
         }.items()
     }  # fmt: skip
