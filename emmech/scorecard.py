@@ -36,6 +36,7 @@ from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
 from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
+from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.results import Record, fingerprint, kept, read_json, write_json
@@ -92,8 +93,9 @@ def with_conditions(
 
     Args:
         pair: From ``load_pair``.
-        names: A patch as in ``patch_prefix`` (``repair:prefix``, ``control:noise`` ...), or
-            ``gates=FOLDER@SCALE``: gates on the finetuned model (on the base, where there is none).
+        names: A patch as in ``patch_prefix`` (``repair:prefix``, ``control:noise`` ...);
+            ``graft:PART+PART``: the finetuned weights at these parts only; or ``gates=FOLDER@SCALE``:
+            gates on the finetuned model (on the base, where there is none).
         finetuned: Whether the pair's finetuned side is evaluated at all.
 
     Raises:
@@ -113,11 +115,14 @@ def with_conditions(
             variants[name] = side.under(name, Gating(gates, _scale(scale if path else "1", name)).on)
             provenance[name] = gates.fingerprint()
             conditions.append(Condition(name, name))
+        elif name.startswith(GRAFT) and finetuned:
+            variants[name] = graft_side(pair, parse_graft(name))
+            conditions.append(Condition(name, name))
         elif name in known and (finetuned or name == "base"):
             conditions.append(known[name])
         else:
             raise EmmechError(
-                f"conditions among {', '.join(known)} or gates=FOLDER@SCALE",
+                f"conditions among {', '.join(known)}, graft:PART+PART or gates=FOLDER@SCALE",
                 f"got '{name}'" + ("" if finetuned else " without a finetuned model"),
                 "Correct --with",
             )

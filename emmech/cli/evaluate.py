@@ -43,7 +43,9 @@ def evaluate(
     ] = None,
     with_: Annotated[
         list[str] | None,
-        typer.Option("--with", help="repair:prefix and the like, or gates=FOLDER@SCALE; repeatable."),
+        typer.Option(
+            "--with", help="repair:prefix and the like, graft:PART+PART, or gates=FOLDER@SCALE; repeatable."
+        ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",
     detector: Annotated[
