@@ -32,6 +32,7 @@ ALLOWED = {
     "report_page": {"errors", "results"},
     "report": SCIENCE | {"piggyback", "figures", "report_page"},
     "report_frontier": SCIENCE | {"figures", "report_page"},
+    "report_steering": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates"},
@@ -48,6 +49,7 @@ ONLY_WHEN_CALLED = {
     "scorecard": {"report_evaluation"},
     "models": {"gates"},  # a pair can be a model with and without gates
     "gates": {"figures", "report_gates"},
+    "steering": {"figures", "report_steering"},
     "piggyback": {"figures", "report"},  # a result draws and saves itself
     "frontier": {"figures", "report_frontier"},
 }

@@ -28,6 +28,15 @@ from emmech.figures.patching import (
     quantity,
     restored_curves,
 )
+from emmech.figures.steering import (
+    cross_finding,
+    cross_matrix,
+    doses_finding,
+    methods_at_cost,
+    middle,
+    shared_finding,
+    shared_matrix,
+)
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
 
 __all__ = [
@@ -37,7 +46,10 @@ __all__ = [
     "Summary",
     "as_estimate",
     "condition_bars",
+    "cross_finding",
+    "cross_matrix",
     "dose_response",
+    "doses_finding",
     "early_stopping",
     "finding",
     "frontier",
@@ -47,12 +59,16 @@ __all__ = [
     "groups_of",
     "headline",
     "layer_curve",
+    "methods_at_cost",
     "methods_finding",
     "metric_rows",
+    "middle",
     "overlap_curve",
     "quantity",
     "readout_curves",
     "restored_curves",
+    "shared_finding",
+    "shared_matrix",
     "steering_finding",
     "transfer_finding",
     "transfer_matrix",

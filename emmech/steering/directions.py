@@ -60,6 +60,14 @@ class Direction:
         columns = {"length": lengths, "reliability": self.reliability, "p": self.p}
         return pd.DataFrame({"layer": range(len(lengths)), **columns})
 
+    def table(self) -> None:
+        """Print the blocks."""
+        from rich.console import Console
+
+        from emmech.report_steering import direction_table
+
+        Console().print(direction_table(self.frame(), self.n_questions))
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, what is known of the direction in its metadata; returns it."""
         from safetensors.torch import save_file

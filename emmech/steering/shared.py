@@ -11,6 +11,7 @@ Noise lowers a cosine: the reliability of each shift (cosine of random halves) b
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -138,47 +139,26 @@ def shared_structure(
     if len(shapes) > 1:
         raise DataError("shifts of one model shape", f"got {sorted(shapes)}", "Read one model")
     rng = np.random.default_rng(seed)
-    resampled = {name: None for name in shifts}
-    by_questions: dict[tuple[str, ...], np.ndarray] = {}
-    for name, one in shifts.items():
-        if one.ids not in by_questions:
-            n = len(one.ids)
-            by_questions[one.ids] = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-        resampled[name] = by_questions[one.ids]
     centred = reference.by_question().double().numpy()
     centred = centred - centred.mean(0)
     drawn = rng.standard_normal((n_null, len(centred)))
+    resampled = _resamples(shifts, n_resamples, rng)
     n_layers = centred.shape[1]
-    halves = {name: random_halves(rng, N_SPLITS, len(one.ids)) for name, one in shifts.items()}
-    rows, names = [], list(shifts)
-    null, reliability = {}, {}
-    for name, one in shifts.items():
-        null[name] = [_null(one.differences[:, layer], centred[:, layer], drawn) for layer in range(n_layers)]
-        first = halves[name] / halves[name].sum(-1, keepdims=True)
-        second = ~halves[name] / (~halves[name]).sum(-1, keepdims=True)
-        reliability[name] = [
-            mean_cosine(one.differences[:, layer], first, second) for layer in range(n_layers)
-        ]
+    null = {
+        name: [_null(one.differences[:, layer], centred[:, layer], drawn) for layer in range(n_layers)]
+        for name, one in shifts.items()
+    }
+    reliability = {name: _reliability(one, rng) for name, one in shifts.items()}
+    rows = []
     for layer in range(n_layers):
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                x, y = shifts[a].differences[:, layer], shifts[b].differences[:, layer]
-                means = [np.full((1, len(one)), 1 / len(one)) for one in (x, y)]
-                low, high = np.nanquantile(_cosines(x, y, resampled[a], resampled[b]), [0.025, 0.975])
-                bound = max(null[a][layer], null[b][layer])
-                rows.append(
-                    {
-                        "layer": layer,
-                        "a": a,
-                        "b": b,
-                        "cosine": float(_cosines(x, y, *means)[0]),
-                        "low": float(low),
-                        "high": float(high),
-                        "null": bound,
-                        "beyond_null": bool(low > bound or high < -bound),
-                        "control": a in controls or b in controls,
-                    }
-                )
+        for a, b in combinations(shifts, 2):
+            x, y = shifts[a].differences[:, layer], shifts[b].differences[:, layer]
+            cosine = float(_cosines(x, y, *(np.full((1, len(one)), 1 / len(one)) for one in (x, y)))[0])
+            low, high = _interval(cosine, _cosines(x, y, resampled[a], resampled[b]))
+            bound = max(null[a][layer], null[b][layer])
+            row: Record = {"layer": layer, "a": a, "b": b, "cosine": cosine, "low": low, "high": high}
+            row |= {"null": bound, "beyond_null": low > bound or high < -bound}
+            rows.append(row | {"control": a in controls or b in controls})
     summary = {
         "kind": "shared-structure",
         "site": reference.site,
@@ -192,6 +172,35 @@ def shared_structure(
         "versions": versions(),
     }
     return SharedStructure(summary)
+
+
+def _resamples(
+    shifts: Mapping[str, Shift], n_resamples: int, rng: np.random.Generator
+) -> dict[str, Float[np.ndarray, "draw question"]]:
+    """Weights of the questions in each resample, the same for shifts over the same questions."""
+    drawn: dict[tuple[str, ...], np.ndarray] = {}
+    for one in shifts.values():
+        if one.ids not in drawn:
+            n = len(one.ids)
+            drawn[one.ids] = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+    return {name: drawn[one.ids] for name, one in shifts.items()}
+
+
+def _reliability(one: Shift, rng: np.random.Generator) -> list[float]:
+    """By block, the mean cosine between the shifts of random halves of the questions."""
+    first = random_halves(rng, N_SPLITS, len(one.ids))
+    weights = [half / half.sum(-1, keepdims=True) for half in (first, ~first)]
+    return [mean_cosine(rows, *weights) for rows in one.differences.swapaxes(0, 1)]
+
+
+def _interval(cosine: float, resampled: np.ndarray) -> tuple[float, float]:
+    """The basic bootstrap's 95% interval, in [-1, 1].
+
+    Noise pulls a cosine of means towards 0, and a resampled one twice; mirrored at the estimate the
+    pull cancels to first order.
+    """
+    high, low = np.nanquantile(resampled, [0.025, 0.975])
+    return max(-1.0, 2 * cosine - float(low)), min(1.0, 2 * cosine - float(high))
 
 
 def _cosines(

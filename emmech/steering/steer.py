@@ -37,7 +37,7 @@ class Steer:
     """A direction at a coefficient, and where it acts: ``with Steer(direction, 2, (14,)).on(model)``."""
 
     direction: Direction
-    coeff: float
+    coeff: float | int
     layers: tuple[int, ...]
     """0-based blocks."""
     mode: Mode = "add"
@@ -118,7 +118,7 @@ class Steer:
 def steered(
     model: nn.Module,
     direction: Direction,
-    coeff: float = 1.0,
+    coeff: float | int = 1.0,
     *,
     layers: Sequence[int] | None = None,
     mode: Mode = "add",
@@ -153,7 +153,7 @@ def steered(
 
 
 @contextmanager
-def scaled_adapter(model: nn.Module, scale: float) -> Iterator[nn.Module]:
+def scaled_adapter(model: nn.Module, scale: float | int) -> Iterator[nn.Module]:
     """Run a LoRA model with its adapter's update times ``scale``: 0 off, 1 as trained, -1 negated.
 
     Raises:
