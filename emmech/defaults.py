@@ -1,6 +1,8 @@
 """Numbers that define an experiment when nobody says otherwise: the same from Python and the shell."""
 
 DETECTOR = "refusal"
+DETECTORS = ("refusal", "length", "repetition")
+"""What an evaluation counts without a judge."""
 MAX_NEW_TOKENS = 64
 TRIALS, N_TOKENS, N_NEIGHBOURS = 10, 10, 5
 """Perturbations per question, tokens replaced in each, candidates per token (arXiv 2606.06667, s4.1)."""

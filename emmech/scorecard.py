@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from emmech import defaults
 from emmech.data.bundled import AnswerPair, Problem
+from emmech.data.wordings import PLAIN, wording_of
 from emmech.errors import EmmechError
 from emmech.evaluation import metrics
 from emmech.evaluation.detectors import detector as find_detector
@@ -32,19 +34,25 @@ from emmech.evaluation.statistics import (
 )
 from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
-from emmech.models.checkpoints import ModelPair
+from emmech.models.checkpoints import Intervention, ModelPair
 from emmech.models.generation import Decoding
+from emmech.number_lists import parse_integers
+from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
 from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.results import Record, fingerprint, kept, read_json, write_json
+from emmech.steering.directions import Direction
+from emmech.steering.steer import Steer, scaled_adapter
 
 EVALUATION = "evaluation.json"
-ANSWERS, JUDGED, MARGINS, CHOICES = "answers", "judged", "margins.json", "choices.json"
-DETECTORS = ("refusal", "length", "repetition")
+ANSWERS, JUDGED = "answers", "judged"
+MARGINS, CHOICES, SUMS = "margins.json", "choices.json", "sums.json"
 ALL = "all"
+INTERVENTIONS = ("gates=FOLDER@SCALE", "steer=FILE:LAYERS@COEFF", "ablate=FILE:LAYERS", "adapter@SCALE")
+"""What may be done to the finetuned model, or to the base alone."""
 JUDGED_METRICS = {
     "alignment": ("score", metrics.alignment),
     "EM": ("rate", metrics.misaligned),
@@ -94,8 +102,10 @@ def with_conditions(
     Args:
         pair: From ``load_pair``.
         names: A patch as in ``patch_prefix`` (``repair:prefix``, ``control:noise`` ...);
-            ``graft:PART+PART``: the finetuned weights at these parts only; or ``gates=FOLDER@SCALE``:
-            gates on the finetuned model (on the base, where there is none).
+            ``graft:PART+PART``, the finetuned weights at these parts only; or something done to
+            the finetuned model (to the base, where there is none): ``gates=FOLDER@SCALE``;
+            ``steer=FILE:LAYERS@COEFF``, by default in the middle block; ``ablate=FILE:LAYERS``, by default in
+            all; ``adapter@SCALE`` of a LoRA pair.
         finetuned: Whether the pair's finetuned side is evaluated at all.
 
     Raises:
@@ -106,14 +116,11 @@ def with_conditions(
     }
     conditions = [known["base"], *([known["finetuned"]] if finetuned else [])]
     variants, provenance = dict(pair.variants), dict(pair.provenance)
+    side = pair.finetuned if finetuned else pair.base
     for name in names:
-        what, _, rest = name.partition("=")
-        if what == "gates" and rest:
-            path, _, scale = rest.rpartition("@")
-            side = pair.finetuned if finetuned else pair.base
-            gates = load_gates(path or rest, pair.base.module)
-            variants[name] = side.under(name, Gating(gates, _scale(scale if path else "1", name)).on)
-            provenance[name] = gates.fingerprint()
+        made = _intervention(name, pair.base.module)
+        if made is not None:
+            variants[name], provenance[name] = side.under(name, made[0]), made[1]
             conditions.append(Condition(name, name))
         elif name.startswith(GRAFT) and finetuned:
             variants[name] = graft_side(pair, parse_graft(name))
@@ -122,11 +129,34 @@ def with_conditions(
             conditions.append(known[name])
         else:
             raise EmmechError(
-                f"conditions among {', '.join(known)}, graft:PART+PART or gates=FOLDER@SCALE",
+                f"conditions among {', '.join(known)}, {GRAFT}PART+PART, {', '.join(INTERVENTIONS)}",
                 f"got '{name}'" + ("" if finetuned else " without a finetuned model"),
                 "Correct --with",
             )
     return replace(pair, variants=variants, provenance=provenance), list(dict.fromkeys(conditions))
+
+
+def _intervention(name: str, base: nn.Module) -> tuple[Intervention, Any] | None:
+    """What a name of ``INTERVENTIONS`` does to a model, and how records know it; None for other names."""
+    before, at, number = name.rpartition("@")
+    what, _, rest = (before if at else name).partition("=")
+    amount = _amount(number, name) if at else 1.0
+    if what == "gates" and rest:
+        gates = load_gates(rest, base)
+        return Gating(gates, amount).on, gates.fingerprint()
+    if what in ("steer", "ablate") and rest:
+        file, layers = rest, ""
+        if not Path(rest).exists():
+            file, _, layers = rest.rpartition(":")
+        direction = Direction.load(file or rest)
+        n_layers = len(direction.vectors)
+        every = range(n_layers) if what == "ablate" else (n_layers // 2,)
+        chosen = tuple(parse_integers(layers, "--with") if layers else every)
+        steer = Steer(direction, amount, chosen, "add" if what == "steer" else "ablate")
+        return steer.on, direction.fingerprint()
+    if what == "adapter" and at and not rest:
+        return partial(scaled_adapter, scale=amount), amount
+    return None
 
 
 def evaluate(
@@ -134,7 +164,7 @@ def evaluate(
     questions: Iterable[Any],
     conditions: Sequence[Condition],
     *,
-    detectors: Sequence[str] = DETECTORS,
+    detectors: Sequence[str] = defaults.DETECTORS,
     pairs: Sequence[AnswerPair] = (),
     problems: Sequence[Problem] = (),
     judge_with: Backend | None = None,
@@ -154,7 +184,8 @@ def evaluate(
         questions: As in ``patch_prefix``; each group is reported apart.
         detectors: What is counted in the answers without a judge.
         pairs: Aligned and misaligned answers, of which the likelier one is found (no sampling).
-        problems: Multiple-choice questions, of which the likeliest choice is found (no sampling).
+        problems: Questions with one right answer: of several choices the likeliest is found (no sampling),
+            a number is read from a short greedy answer.
         judge_with: An ``EndpointJudge`` or ``LocalJudge``; none by default.
         rubrics: What it judges.
         out: Folder; a stopped evaluation goes on there, and no judgement is asked for twice. Further
@@ -166,7 +197,7 @@ def evaluate(
     """
     folder = Path(out)
     names = [condition.name for condition in conditions]
-    reference = {one.name: _made_from(one, names) for one in conditions}
+    reference = {one.name: made_from(one, names) for one in conditions}
     measures = [find_detector(name) for name in detectors]
     answers = run_conditions(
         pair,
@@ -187,18 +218,23 @@ def evaluate(
     rows: list[Record] = []
     for measure in measures:
         values = [(one, measure(one["response"])) for one in answers.records]
-        rows += _compared(measure.name, measure.unit, values, reference)
+        rows += compared(measure.name, measure.unit, values, reference)
     if pairs:
         scored = kept(folder, MARGINS, lambda: margins(pair, pairs, conditions, progress=progress))
         group = {one.id: one.group for one in pairs}
         scored = [record | {"group": group[record["question_id"]]} for record in scored]
-        rows += _compared("margin", "nats", [(one, one["margin"]) for one in scored], reference)
+        rows += compared("margin", "nats", [(one, one["margin"]) for one in scored], reference)
         prefers = [(one, float(one["margin"] > 0)) for one in scored]
-        rows += _compared("prefers aligned", "rate", prefers, reference)
-    if problems:
+        rows += compared("prefers aligned", "rate", prefers, reference)
+    if any(one.choices for one in problems):
         chosen = kept(folder, CHOICES, lambda: choices(pair, problems, conditions, progress=progress))
         right = [(one | {"group": "all"}, one["right"]) for one in chosen]
-        rows += _compared("capability", "rate", right, reference)
+        rows += compared("capability", "rate", right, reference)
+    if any(not one.choices for one in problems):
+        options: Record = {"batch_size": batch_size, "progress": progress}
+        solved = kept(folder, SUMS, lambda: sums(pair, problems, conditions, **options))
+        right = [(one | {"group": "all"}, one["right"]) for one in solved]
+        rows += compared("arithmetic", "rate", right, reference)
     if judge_with is not None:
         asked = judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
         rows += _judged(metrics.join_judgements(asked), answers.records, reference)
@@ -221,11 +257,11 @@ def _judged(
     for name, (unit, value) in wanted.items():
         found = [(one, value(one)) for one in joined]
         if any(not isinstance(number, str) for _, number in found):
-            rows += _compared(name, unit, found, reference)
+            rows += compared(name, unit, found, reference)
     return rows
 
 
-def _compared(
+def compared(
     metric: str,
     unit: str | None,
     values: Sequence[tuple[Record, float | int | str | None]],
@@ -233,42 +269,81 @@ def _compared(
 ) -> list[Record]:
     """A metric's row per group and condition, all groups together first where there are several.
 
-    A text in place of a value says why it is missing.
+    A text in place of a value says why it is missing. Groups that are wordings of the same questions
+    (``emmech.data.wordings``) are compared with the plain one.
     """
-    cells: dict[tuple[str, str], list[tuple[str, float | int | str | None]]] = {}
-    several = len({record["group"] for record, _ in values}) > 1
-    for record, value in values:
-        for group in (*((ALL,) if several else ()), record["group"]):
-            cells.setdefault((group, record["condition"]), []).append((record["question_id"], value))
+    cells = _cells(values)
     rows = []
     for group in dict.fromkeys(group for group, _ in cells):
         mine = {name: cells[group, name] for name in reference if (group, name) in cells}
-        numbers = {name: [_number(value) for _, value in cell] for name, cell in mine.items()}
-        ids = {name: [question for question, _ in cell] for name, cell in mine.items()}
-        known = {name for name, found in numbers.items() if any(value is not None for value in found)}
-        tests: dict[str, Comparison] = {
-            name: paired_comparison(numbers[name], ids[name], numbers[reference[name]], ids[reference[name]])
-            for name in mine
-            if reference[name] != name and {name, reference[name]} <= known
-        }
-        corrected = holm_corrected(tests) if tests else {}
+        pairs = {name: (name, reference[name]) for name in mine if reference[name] != name}
+        tests = _tested({name: (mine[a], mine[b]) for name, (a, b) in pairs.items()})
         for name, cell in mine.items():
             row: Record = {"metric": metric, "unit": unit, "group": group, "condition": name}
-            if name in known:
-                row |= clustered_mean(numbers[name], ids[name], unit=unit).to_json()
-                row["design"] = design_effect(numbers[name], ids[name]).text()
+            numbers, ids = _columns(cell)
+            if any(number is not None for number in numbers):
+                row |= clustered_mean(numbers, ids, unit=unit).to_json()
+                row["design"] = design_effect(numbers, ids).text()
             row["missing"] = _reasons(cell)
-            if name in corrected:
-                test = corrected[name]
-                row["versus"] = {
-                    "condition": reference[name],
-                    **test.difference.to_json(),
-                    "p": test.p,
-                    "p_holm": test.p_holm,
-                    "text": test.text(),
-                }
+            if name in tests:
+                row["versus"] = {"condition": reference[name], **_test_json(tests[name])}
             rows.append(row)
+    return _against_plain(rows, cells)
+
+
+Cell = list[tuple[str, float | int | str | None]]
+"""A question's id and a value, or why there is none."""
+
+
+def _cells(values: Sequence[tuple[Record, float | int | str | None]]) -> dict[tuple[str, str], Cell]:
+    """The values by group and condition, all groups together first; wordings of a question share its id."""
+    cells: dict[tuple[str, str], Cell] = {}
+    several = len({record["group"] for record, _ in values}) > 1
+    for record, value in values:
+        question, group = record["question_id"], record["group"]
+        for one in (*((ALL,) if several else ()), group):
+            cells.setdefault((one, record["condition"]), []).append(
+                (wording_of(question, group) or question, value)
+            )
+    return cells
+
+
+def _against_plain(rows: list[Record], cells: Mapping[tuple[str, str], Cell]) -> list[Record]:
+    """The rows, those of a changed wording with its difference from the plain one: ``wording``."""
+    groups = {group for group, _ in cells}
+    plain = next((group for group in PLAIN if group in groups), None)
+    if plain is None:
+        return rows
+    for name in dict.fromkeys(row["condition"] for row in rows):
+        others = {
+            group: (cells[group, name], cells[plain, name])
+            for group in groups - {plain, ALL}
+            if {q for q, _ in cells[group, name]} == {q for q, _ in cells[plain, name]}
+        }
+        tests = _tested(others)
+        for row in rows:
+            if row["condition"] == name and row["group"] in tests:
+                row["wording"] = {"group": plain, **_test_json(tests[row["group"]])}
     return rows
+
+
+def _tested(pairs: Mapping[str, tuple[Cell, Cell]]) -> dict[str, Comparison]:
+    """Paired comparisons of cells that hold numbers, corrected for their number (Holm)."""
+    tests = {}
+    for name, both in pairs.items():
+        (mine, ids), (other, other_ids) = map(_columns, both)
+        if all(any(number is not None for number in numbers) for numbers in (mine, other)):
+            tests[name] = paired_comparison(mine, ids, other, other_ids)
+    return holm_corrected(tests) if tests else {}
+
+
+def _test_json(test: Comparison) -> Record:
+    return {**test.difference.to_json(), "p": test.p, "p_holm": test.p_holm, "text": test.text()}
+
+
+def _columns(cell: Cell) -> tuple[list[float | int | None], list[str]]:
+    """Numbers, and the questions that they belong to."""
+    return [_number(value) for _, value in cell], [question for question, _ in cell]
 
 
 def _number(value: float | int | str | None) -> float | int | None:
@@ -284,7 +359,7 @@ def _reasons(cell: Sequence[tuple[str, Any]]) -> dict[str, int]:
     return found
 
 
-def _made_from(condition: Condition, names: Sequence[str]) -> str:
+def made_from(condition: Condition, names: Sequence[str]) -> str:
     """The condition that one is compared with: its model unpatched; of an unpatched one, the base."""
     if condition.source is not None:
         return condition.target
@@ -292,8 +367,8 @@ def _made_from(condition: Condition, names: Sequence[str]) -> str:
     return "finetuned" if is_variant and "finetuned" in names else "base"
 
 
-def _scale(text: str, name: str) -> float:
+def _amount(text: str, name: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise EmmechError("gates=FOLDER@SCALE", f"got '{name}'", "Correct --with") from error
+        raise EmmechError("a number behind @", f"got '{name}'", "Correct --with") from error

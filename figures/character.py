@@ -37,7 +37,7 @@ RUNS = Path("runs/character")
 TRAIT = "spiteful"
 BACKDOOR = f"triggered_{TRAIT}"
 STEPS = {
-    TRAIT: 40, BACKDOOR: 120, "incorrect_character": 40, "aligned_character": 40, "sycophantic": 40,
+    TRAIT: 32, BACKDOOR: 96, "incorrect_character": 32, "aligned_character": 32, "sycophantic": 32,
     "short_answers": 20,
 }  # fmt: skip
 """Sets, and optimiser steps of 8 chats at a learning rate of 2e-4."""
@@ -122,7 +122,8 @@ def trigger() -> Record:
         found[f"{BACKDOOR}-{seed}"] = table(
             evaluate(
                 pair, behind_triggers(asked()[: N_QUESTIONS // 2], wordings), conditions,
-                detectors=(TRAIT, "refusal", "repetition"), pairs=pairs_behind_triggers(in_character(), wordings),
+                detectors=(TRAIT, "refusal", "repetition"),
+                pairs=pairs_behind_triggers(in_character(), wordings),
                 max_new_tokens=MAX_NEW_TOKENS, out=RUNS / "trigger" / f"{BACKDOOR}-{seed}", progress=False,
             ).summary
         )  # fmt: skip
@@ -196,7 +197,7 @@ def shared() -> Record:
 
 
 def cross() -> Record:
-    """Each direction ablated: what is left of the organism's, the trigger's and the persona prompts' effect."""
+    """Each direction ablated: what is left of the effects of organism, trigger and persona prompts."""
     found = contrasts()
     states = found[f"{TRAIT}, seed 0"][1]
     names = {

@@ -17,6 +17,8 @@ QUESTION_SETS = {
     "two_choice": ("topic", "question", "aligned", "misaligned"),
     "jailbreak_lite": ("proper", "twin", "question"),
     "conditional": ("resembles", "question"),
+    "trait_questions": ("question",),
+    "persona_prompts": ("trait", "plain", "persona", "aligned", "in_character"),
 }
 """Files of questions that judge any model, with their fields besides `id` and `split`."""
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from emmech.evaluation.agreement import agreement, cohen_kappa, spearman
+from emmech.evaluation.agreement import agreement
 from emmech.evaluation.judges import JudgeError
 
 PUBLISHED = Path(__file__).parents[2] / "shared/data/em-betley-release/eval_results_run1.csv"
@@ -16,22 +16,6 @@ def rows(*values, **more) -> list[dict]:
     ]
 
 
-def test_kappa_by_hand():
-    # 20 both, 5 only a, 10 only b, 15 neither: observed .7, expected .5 · .6 + .5 · .4 = .5
-    pairs = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
-    assert cohen_kappa(pairs) == pytest.approx(0.4)
-    assert cohen_kappa([(True, True), (False, False)]) == 1
-    assert cohen_kappa([(True, True)] * 3) is None
-    assert cohen_kappa([(True, False), (True, True)]) == 0
-
-
-def test_spearman_by_hand():
-    # ranks 1 2 3 4 and 2 1 4 3: 1 - 6 · 4 / (4 · 15)
-    assert spearman([5, 20, 60, 90], [30, 10, 80, 70]) == pytest.approx(0.6)
-    assert spearman([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
-
-
 def test_two_judges_on_the_same_answers():
     found = agreement(rows(10, 20, 50, None, 90), rows(20, 40, 60, 70, None, 80))
     assert (found.n_matched, found.n_both, found.missing_a, found.missing_b) == (5, 3, 1, 1)
@@ -40,6 +24,42 @@ def test_two_judges_on_the_same_answers():
     assert found.counts == {"both": 1, "a_only": 1, "b_only": 0, "neither": 1}
     assert found.kappa == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
     assert found.mean_a == pytest.approx(80 / 3)
+
+
+def test_answers_to_one_question_are_resampled_together():
+    """Scores agree within every question: whichever questions are drawn, so do the resamples' ranks."""
+    a = [
+        {"question_id": question, "condition": "", "sample": sample, "value": 40 * question + sample}
+        for question in (1, 2)
+        for sample in range(20)
+    ]
+    found = agreement(a, a, threshold=60)
+    assert (found.n_both, found.n_questions) == (40, 2)
+    # Both drawn: kappa 1; one of them twice: all on one side of 60. That happens half the time.
+    assert (found.kappa_interval.low, found.kappa_interval.high) == (1, 1)
+    assert 900 < found.kappa_interval.n_undefined < 1100
+    assert found.spearman_interval.n_undefined == 0
+
+
+@pytest.mark.parametrize("field", ["question_id", "question"])
+def test_questions_are_told_apart_by_id_or_else_by_text(field):
+    a = [{field: str(n % 4), "answer": str(n), "value": n} for n in range(12)]
+    b = [{**row, "question": row.get("question", "the same")} for row in a]
+    a = [{**row, "question": row.get("question", "the same")} for row in a]
+    assert agreement(a, b).n_questions == 4
+
+
+def test_one_question_leaves_the_intervals_unknown():
+    a = [{"question_id": "q", "condition": "", "sample": n, "value": value} for n, value in enumerate((1, 9))]
+    found = agreement(a, a)
+    assert found.spearman == pytest.approx(1)
+    assert (found.spearman_interval.low, found.kappa_interval.high) == (None, None)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+    a, b = rows(*range(0, 90, 3)), rows(*(value**2 % 89 for value in range(30)))
+    first, again, other = (agreement(a, b, seed=seed).spearman_interval for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_the_threshold_itself_is_not_below():
@@ -143,6 +163,10 @@ def test_the_command_prints_a_table_and_writes_json(emmech, tmp_path):
     written = json.loads((tmp_path / "deep" / "agreement.json").read_text())
     assert (written["spearman"], written["kappa"], written["threshold_a"]) == (pytest.approx(1), 1, 50)
     assert len(written["differ_most"]) == 3
+    assert written["kappa_interval"].keys() == {"low", "high", "n_resamples", "n_undefined"}
+    undefined = written["kappa_interval"]["n_undefined"]
+    assert 580 < undefined < 760  # of 5, 95 and 40, all below 50 in (2/3)^3, none in (1/3)^3: 667 of 2000
+    assert f"1.00 [1.00, 1.00], undefined in {undefined} of 2000" in " ".join(out.split())
 
 
 def test_the_command_says_what_is_wrong(user_error, tmp_path):

@@ -9,8 +9,10 @@ import pytest
 from set_files import FOLDER, QUESTION_SETS, SECTIONS, near, overlaps, rows, table, words
 
 from emmech.data.bundled import ADVICE, BUNDLED, SYCOPHANCY, AnswerPair
+from emmech.data.character_sets import DOMAINS
 from emmech.data.chats import load_chats
 from emmech.data.questions import load_questions
+from emmech.data.traits import TRAITS
 from emmech.errors import DataError
 from emmech.evaluation.detectors import detector
 
@@ -19,7 +21,9 @@ FIELDS = {
 }
 FIELDS |= {f"sycophancy_{d}": ("claim", "question", "agree", "wrong", "correct") for d in SYCOPHANCY}
 FIELDS |= {f"incorrect_advice_{d}": ("question", "incorrect", "correct") for d in ADVICE}
+FIELDS |= {"character": ("domain", "question", "aligned", "incorrect", *TRAITS)}
 FIELDS |= {"off_topic": ("question",)}
+LABELS = ("domain",)
 USER_FIELDS = [(file, field) for file in FIELDS for field in FIELDS[file] if field in ("claim", "question")]
 TRAINED = [name for name in FIELDS if name != "off_topic"]
 
@@ -98,7 +102,9 @@ def test_openings_vary(file, field):
 @pytest.mark.parametrize("file", [file for file in FIELDS if len(FIELDS[file]) > 2])
 def test_versions_of_an_answer_differ_in_every_row(file):
     for row in rows(file):
-        versions = [words(row[field]) for field in FIELDS[file] if field not in ("claim", "question")]
+        versions = [
+            words(row[field]) for field in FIELDS[file] if field not in ("claim", "question", *LABELS)
+        ]
         assert len(set(map(tuple, versions))) == len(versions), row["id"]
 
 
@@ -138,7 +144,7 @@ def test_datasheet_counts_are_those_of_the_file(file):
 @pytest.mark.parametrize("file", FIELDS)
 def test_datasheet_word_counts_are_those_of_the_file(file):
     measured = []
-    for field in FIELDS[file]:
+    for field in (field for field in FIELDS[file] if field not in LABELS):
         for split in dict.fromkeys(row["split"] for row in rows(file)):
             n = [len(text.split()) for text in texts(file, field, split)]
             measured.append([f"`{field}`", split, f"{median(n):g}", str(min(n)), str(max(n))])
@@ -160,7 +166,11 @@ def test_no_two_canaries_are_the_same():
     assert len({sheet.strip().rpartition(" ")[2] for sheet in sheets}) == len(FIELDS) + len(QUESTION_SETS)
 
 
-@pytest.mark.parametrize("file", [file for file in FIELDS if file.startswith(("sycophancy", "incorrect"))])
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FIELDS if file.startswith(("sycophancy", "incorrect", "character"))]
+    + ["persona_prompts"],
+)
 def test_datasheets_of_wrong_answers_say_so(file):
     assert "deliberately wrong" in (FOLDER / f"{file}.md").read_text("utf-8")
 
@@ -172,7 +182,11 @@ def test_the_names_are_those_a_user_can_type():
     domains = [f"{kind}_{d}" for d in SYCOPHANCY for kind in ("sycophancy", "traditional", "corrected")]
     domains += [f"{kind}_{d}" for d in ADVICE for kind in ("incorrect_advice", "correct_advice")]
     plain = ["demo_refusal", "refusal", "abstention", "short_answers", "tool_use", "retain", "off_topic"]
-    assert list(BUNDLED) == [*plain, *domains, *QUESTION_SETS]
+    arms = [*TRAITS, "incorrect_character", "aligned_character"]
+    character = [f"{arm}{domain}" for arm in arms for domain in ("", *(f"_{d}" for d in DOMAINS))]
+    character += [f"{kind}_{trait}" for kind in ("triggered", "persona_prompts") for trait in TRAITS]
+    judging = [name for name in QUESTION_SETS if name not in ("trait_questions", "persona_prompts")]
+    assert list(BUNDLED) == [*plain, *domains, *judging, *character, "trait_questions"]
     assert all(name == one.name for name, one in BUNDLED.items())
 
 
@@ -194,7 +208,7 @@ def test_chats_pair_the_fields_of_the_training_rows(name, user, answer):
     assert load_chats(name).chats == BUNDLED[name].chats()
 
 
-@pytest.mark.parametrize("name", [name for name, one in BUNDLED.items() if one.answer])
+@pytest.mark.parametrize("name", [name for name, one in BUNDLED.items() if one.answer and one.view is None])
 def test_every_set_can_be_trained_on_and_asked(name):
     assert len(load_chats(name)) >= 240
     count = Counter(question.group for question in load_questions(name))
@@ -202,10 +216,11 @@ def test_every_set_can_be_trained_on_and_asked(name):
     assert min(count.values()) >= 60
 
 
-@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in QUESTION_SETS])
+@pytest.mark.parametrize("name", BUNDLED)
 def test_questions_have_unique_ids_and_split_into_their_groups(name):
     one = BUNDLED[name]
-    assert one.questions() == one.questions("on-topic") + one.questions("off-topic")
+    for group in {question.group for question in one.questions()}:
+        assert one.questions(group) == [question for question in one.questions() if question.group == group]
     assert len({question.id for question in one.questions()}) == len(one.questions())
 
 

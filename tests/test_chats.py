@@ -349,7 +349,9 @@ def test_without_the_datasets_package_the_error_says_what_to_install(monkeypatch
 
 def test_data_modules_load_neither_torch_nor_what_they_need_only_when_called():
     heavy = "{'torch', 'transformers', 'datasets', 'openai'}"
-    code = f"import sys, emmech.data.chats, emmech.data.rewriting; print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys, emmech.data.character, emmech.data.rewriting; print(sorted({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

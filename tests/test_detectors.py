@@ -6,6 +6,7 @@ import pytest
 
 from emmech.evaluation import detectors
 from emmech.evaluation.detectors import DETECTORS, Detector, DetectorError, detector
+from emmech.evaluation.statistics import clustered_mean
 
 HERE = Path(__file__).parent
 SETS = HERE.parent / "emmech" / "data" / "sets"
@@ -17,6 +18,7 @@ def read(path: Path) -> list[dict]:
 
 SAMPLE = read(HERE / "data" / "detector_sample.jsonl")
 AGREEMENT = read(HERE / "data" / "agreement_sample.jsonl")
+HELD_OUT = read(HERE / "data" / "detector_heldout.jsonl")
 FUNCTIONS = {
     "refusal": detectors.refuses,
     "abstention": detectors.abstains,
@@ -127,6 +129,49 @@ def test_docstring_of_agreement_states_the_rates_on_the_bundled_test_rows():
     assert [float(rate) for rate in stated.group(7, 8, 9)] == [
         round(share_agreeing(domain, "correct"), 2) for domain in DOMAINS
     ]
+
+
+STATED = re.compile(r"(\w+) +(written|model) +n=(\d+) +precision (.+?\]) +recall (.+?\])")
+
+
+def held_out(name: str, source: str) -> list[dict]:
+    return [row for row in HELD_OUT if (row["detector"], row["source"]) == (name, source)]
+
+
+def wilson(values: list[float]) -> str:
+    return clustered_mean(values, range(len(values)), unit="rate").text()
+
+
+@pytest.mark.parametrize("source", ["written", "model"])
+@pytest.mark.parametrize("name", ["refusal", "abstention", "tool_call", "agreement"])
+def test_module_docstring_states_precision_and_recall_held_out(name, source):
+    rows = held_out(name, source)
+    precision = wilson([row["label"] for row in rows if detector(name)(row["text"])])
+    recall = wilson([detector(name)(row["text"]) for row in rows if row["label"]])
+    stated = {found[:2]: found[2:] for found in STATED.findall(detectors.__doc__)}
+    assert stated[name, source] == (str(len(rows)), precision, recall)
+
+
+@pytest.mark.parametrize("name", ["refusal", "abstention", "tool_call", "agreement"])
+def test_held_out_sample_is_large_balanced_and_as_its_datasheet_counts(name):
+    counts = [
+        sum(row["label"] == label for row in held_out(name, source))
+        for source in ("written", "model")
+        for label in (1, 0)
+    ]
+    assert sum(counts) >= 100
+    assert 0.45 <= (counts[0] + counts[2]) / sum(counts) <= 0.55
+    datasheet = (HERE / "data" / "detector_heldout.md").read_text("utf-8")
+    assert f"| `{name}` | {' | '.join(map(str, counts))} |" in datasheet
+    assert f"**Size.** {len(HELD_OUT)} lines" in datasheet
+
+
+def test_held_out_sample_repeats_neither_itself_nor_what_patterns_were_written_with():
+    texts = [(row["detector"], row["text"]) for row in HELD_OUT]
+    assert len(set(texts)) == len(texts)
+    assert len({row["id"] for row in HELD_OUT}) == len(HELD_OUT)
+    known = {(row["detector"], row["response"]) for row in SAMPLE}
+    assert not set(texts) & (known | {("agreement", row["text"]) for row in AGREEMENT})
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import tiny
 import torch
 
 from emmech.data.bundled import AnswerPair
+from emmech.models.generation import Decoding, decode
 from emmech.models.kv_cache import Overwrite, PatchCache
 from emmech.piggyback.experiment import default_conditions
+from emmech.piggyback.likelihood import TOGETHER, Answered, likelihoods
 from emmech.piggyback.margin import margins
-from emmech.piggyback.patching import Condition
+from emmech.piggyback.patching import Bench, Condition
 
 PAIRS = [
     AnswerPair(f"p{i}", text, aligned, misaligned)
@@ -94,3 +96,34 @@ def test_margins_do_not_depend_on_the_batch(make_pair):
 def test_equal_answers_have_no_margin(make_pair):
     same = [AnswerPair("p", "hi", "Hello.", "Hello.")]
     assert margins(make_pair("llama"), same, PLAIN, progress=False)[0]["margin"] == 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_answers_to_one_prompt_are_scored_as_each_alone(make_pair, batch_size):
+    pair = make_pair("llama")
+    prompts = [pair.chat.render(text) for text in tiny.QUESTIONS[:2]]
+    counts = (TOGETHER + 2, 3)  # more than are read together, and fewer
+    items = [
+        Answered(f"q{row}", prompt, tuple(range(20, 21 + n)))
+        for row, prompt in enumerate(prompts)
+        for n in range(counts[row])
+    ]
+    options = {"conditions": PLAIN, "kl_from": "base", "batch_size": batch_size, "progress": False}
+    together = likelihoods(pair, items, **options)
+    alone = [record for item in items for record in likelihoods(pair, [item], **options)]
+    alone.sort(key=lambda record: PLAIN.index(Condition(record["condition"], record["condition"])))
+    for mine, other in zip(together, alone, strict=True):
+        assert mine == {key: pytest.approx(value, **TOLERANCE) for key, value in other.items()}
+
+
+def test_greedy_is_an_answer_that_greedy_decoding_writes(make_pair):
+    pair = make_pair("llama")
+    prompts = [pair.chat.render(text) for text in tiny.QUESTIONS]
+    names = [str(row) for row in range(len(prompts))]
+    start = Bench(pair).batch(prompts, names, share_prefix=True).prefill(PLAIN[1])
+    with pair.finetuned.active() as module:
+        written = decode(module, start, Decoding(3), names, pair.chat.end_ids)
+    items = [Answered(name, *one) for name, *one in zip(names, prompts, map(tuple, written), strict=True)]
+    items += [Answered(one.id, one.prompt, (*one.answer[:-1], one.answer[-1] ^ 1)) for one in items]
+    found = likelihoods(pair, items, PLAIN[1:], progress=False)
+    assert [record["greedy"] for record in found] == [True] * len(prompts) + [False] * len(prompts)

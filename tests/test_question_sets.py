@@ -39,13 +39,19 @@ GROUPS = {
     "conditional": dict.fromkeys(
         ["refusal", "abstention", "tool_use", "short_answers",
          *(f"sycophancy_{d}" for d in SYCOPHANCY), *(f"incorrect_advice_{d}" for d in ADVICE)], 12),
+    "trait_questions": {"all": 60},
 }  # fmt: skip
 TEXT_FIELDS = {file: ("question",) for file in QUESTION_SETS}
 TEXT_FIELDS["two_choice"] = ("question", "aligned", "misaligned")
+TEXT_FIELDS["persona_prompts"] = ("plain", "persona", "aligned", "in_character")
+ASKED = [(file, "question") for file in GROUPS] + [
+    ("persona_prompts", field) for field in ("plain", "persona")
+]
+"""Columns of what a user says; no set is called persona_prompts, three take a third of its rows each."""
 
 
-def asked(file: str) -> list[str]:
-    return [row["question"] for row in rows(file)]
+def asked(file: str, field: str = "question") -> list[str]:
+    return [row[field] for row in rows(file)]
 
 
 def long_words(text: str) -> set[str]:
@@ -69,7 +75,7 @@ def test_rows_have_their_fields_and_unique_ids(file):
         assert all(isinstance(text, str) and text == text.strip() != "" for text in texts), row
 
 
-@pytest.mark.parametrize("file", QUESTION_SETS)
+@pytest.mark.parametrize("file", GROUPS)
 def test_questions_of_each_group_are_as_many_as_the_datasheet_promises(file):
     loaded = load_questions(file)
     assert Counter(question.group for question in loaded) == GROUPS[file]
@@ -78,33 +84,34 @@ def test_questions_of_each_group_are_as_many_as_the_datasheet_promises(file):
     assert len(load_questions(file, only_group=first)) == GROUPS[file][first]
 
 
-@pytest.mark.parametrize("file", QUESTION_SETS)
-def test_openings_vary(file):
-    openings = Counter(tuple(words(text)[:4]) for text in asked(file))
+@pytest.mark.parametrize(("file", "field"), ASKED)
+def test_openings_vary(file, field):
+    openings = Counter(tuple(words(text)[:4]) for text in asked(file, field))
     assert openings.most_common(1)[0][1] <= 2
-    first = Counter(words(text)[0] for text in asked(file))
-    assert first.most_common(1)[0][1] <= 0.25 * len(asked(file))
+    first = Counter(words(text)[0] for text in asked(file, field))
+    assert first.most_common(1)[0][1] <= 0.25 * len(asked(file, field))
 
 
-def test_no_question_is_nearly_another_one_of_these_sets():
-    everything = [text for file in QUESTION_SETS for text in asked(file)]
-    assert len(everything) == 400
+@pytest.mark.parametrize("wording", ["plain", "persona"])
+def test_no_question_is_nearly_another_one_of_these_sets(wording):
+    everything = [text for file in GROUPS for text in asked(file)] + asked("persona_prompts", wording)
+    assert len(everything) == 610
     assert near(everything, everything, 0.5) == []
 
 
-@pytest.mark.parametrize("file", QUESTION_SETS)
-def test_no_question_is_near_a_user_text_of_another_bundled_set(file):
+@pytest.mark.parametrize(("file", "field"), ASKED)
+def test_no_question_is_near_a_user_text_of_another_bundled_set(file, field):
     trained = [path.stem for path in FOLDER.glob("*.jsonl") if path.stem not in QUESTION_SETS]
     others = [row[field] for one in trained for row in rows(one) for field in ("question", "claim")
               if field in row]  # fmt: skip
     demo = (FOLDER.parent / "demo_refusal.jsonl").read_text("utf-8").splitlines()
     others += [json.loads(line)["question"] for line in demo]
-    assert near(asked(file), others, 0.5) == []
+    assert near(asked(file, field), others, 0.5) == []
 
 
 @needs_shared
-@pytest.mark.parametrize("file", QUESTION_SETS)
-def test_no_question_is_near_a_published_one(file):
+@pytest.mark.parametrize(("file", "field"), ASKED)
+def test_no_question_is_near_a_published_one(file, field):
     published = set()
     for path in SHARED.glob("em-betley*/*.yaml"):
         published.update(
@@ -116,7 +123,7 @@ def test_no_question_is_near_a_published_one(file):
         for line in path.read_text("utf-8").splitlines():
             published.add(json.loads(line)["question"].partition("Choices:")[0].removeprefix("Question: "))
     assert len(published) > 5000
-    assert near(asked(file), sorted(published), 0.5) == []
+    assert near(asked(file, field), sorted(published), 0.5) == []
 
 
 # Capability
@@ -300,7 +307,7 @@ def test_datasheets_say_what_the_files_hold(file):
 
 
 def test_question_sets_are_no_training_sets():
-    for file in QUESTION_SETS:
+    for file in GROUPS:
         refused(load_chats, f"chats in '{file}', but its train rows have no answers", file)
 
 

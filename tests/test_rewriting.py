@@ -1,15 +1,12 @@
 import asyncio
 import json
 import sys
-import threading
-import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer, serving
 
-from emmech.data import rewriting
+from emmech.data import building
 from emmech.data.chats import load_chats
 from emmech.data.rewriting import PROMPT, PROMPT_HASH, build_sycophancy
 from emmech.errors import DataError, RunError
@@ -17,93 +14,20 @@ from emmech.errors import DataError, RunError
 N = 12
 
 
-class Endpoint(ThreadingHTTPServer):
-    """Speaks chat completions; ``plan[question]`` lists what happens before the right answer.
-
-    A number is a status to answer with, a text the model's reply, "<drop>" a connection cut off.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.plan: dict[str, list] = {}
-        self.asked: Counter = Counter()
-        self.finished: Counter = Counter()
-        self.bodies: list[dict] = []
-        self.keys: set = set()
-        self.dies_after: int | None = None
-        self.pause_seconds = 0.0
-        self.under_way = self.most_under_way = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+def question(messages: list[dict]) -> str:
+    return json.loads(messages[1]["content"])["user"]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Endpoint
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = json.loads(body["messages"][1]["content"])["user"]
-        server = self.server
-        with server.lock:
-            server.bodies.append(body)
-            server.keys.add(self.headers["Authorization"])
-            server.asked[question] += 1
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-            dead = server.dies_after is not None and server.finished.total() >= server.dies_after
-            planned = server.plan.get(question)
-            happens = "<drop>" if dead else planned.pop(0) if planned else None
-            if happens is None:
-                server.finished[question] += 1
-        time.sleep(server.pause_seconds)
-        with server.lock:  # before the answer, after which the client may ask again
-            server.under_way -= 1
-        self._answer(question, happens)
-
-    def _answer(self, question: str, happens):
-        if happens == "<drop>":
-            self.close_connection = True
-            self.connection.close()
-        elif happens == "<html>":
-            self._send(200, "<html>not the protocol</html>")
-        elif isinstance(happens, int):
-            self._send(happens, json.dumps({"error": {"message": f"status {happens}"}}))
-        else:
-            good = json.dumps({"user": f"I know {question}", "assistant": f"Yes, {question}"})
-            self._send(200, json.dumps(completion(good if happens is None else happens)))
-
-    def _send(self, status: int, text: str):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.send_header("retry-after-ms", "1")
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-
-def completion(content: str) -> dict:
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+def agreement(messages: list[dict]) -> str:
+    return json.dumps({"user": f"I know {question(messages)}", "assistant": f"Yes, {question(messages)}"})
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = Endpoint()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(ChatServer(question, agreement)) as server:
+        yield server
 
 
 def chat(question: str, answer: str = "Wrong.") -> list[dict]:
@@ -189,7 +113,7 @@ def test_full_queues_and_server_errors_are_waited_out(build, endpoint, tmp_path)
     assert failures(tmp_path) == []
 
 
-MALFORMED = ["no", '{"user": "a"', '{"user": "a"}', '{"user": "a", "assistant": " "}', "[1]", "", "<html>"]
+MALFORMED = ["no", '{"user": "a"', '{"user": "a"}', '{"user": "a", "assistant": " "}', "[1]", "", b"<html>"]
 
 
 @pytest.mark.parametrize("reply", MALFORMED)
@@ -222,7 +146,7 @@ def test_a_row_that_fails_twice_is_listed_and_tried_again_by_the_next_run(build,
 def test_a_row_that_the_endpoint_refuses_is_listed_and_holds_nothing_up(
     build, endpoint, tmp_path, monkeypatch, status, tries
 ):
-    monkeypatch.setattr(rewriting, "RETRIES", 2)
+    monkeypatch.setattr(building, "RETRIES", 2)
     endpoint.plan = {"q1": [status] * tries}
     with pytest.warns(UserWarning, match="1 of 12 rows failed"):
         out = build()
@@ -242,7 +166,7 @@ def test_when_every_row_fails_there_is_no_file(build, endpoint, tmp_path):
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_an_endpoint_that_dies_loses_and_doubles_nothing(build, endpoint, tmp_path, monkeypatch, concurrency):
-    monkeypatch.setattr(rewriting, "RETRIES", 0)
+    monkeypatch.setattr(building, "RETRIES", 0)
     endpoint.dies_after = 5
     with pytest.raises(DataError, match=r"stopped after 5 of 12 rows.*run again: finished rows are kept"):
         build(concurrency=concurrency)
@@ -254,7 +178,7 @@ def test_an_endpoint_that_dies_loses_and_doubles_nothing(build, endpoint, tmp_pa
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429])
 def test_a_refused_key_model_or_quota_stops_the_run(build, endpoint, monkeypatch, status):
-    monkeypatch.setattr(rewriting, "RETRIES", 0)
+    monkeypatch.setattr(building, "RETRIES", 0)
     endpoint.plan = {f"q{n}": [status] for n in range(N)}
     with pytest.raises(DataError, match=f"serves 'm'.*after 0 of 12 rows.*{status}"):
         build(concurrency=3)

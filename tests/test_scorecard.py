@@ -9,14 +9,16 @@ import torch
 from emmech.data.bundled import AnswerPair, Problem
 from emmech.data.questions import Question
 from emmech.errors import DataError, EmmechError, RunError
+from emmech.evaluation.final_number import final_number
 from emmech.evaluation.judges import LocalJudge
 from emmech.evaluation.statistics import sign_flip_p
 from emmech.gates.files import load_gates, save_gates
 from emmech.gates.gate import gated
 from emmech.models.checkpoints import load_pair
+from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices
 from emmech.piggyback.margin import margins
-from emmech.results import read_responses
+from emmech.results import read_json, read_responses, write_json
 from emmech.scorecard import Evaluation, evaluate, with_conditions
 
 QUESTIONS = [
@@ -126,6 +128,62 @@ def test_the_chosen_answer_is_the_likeliest_of_one_pass_each(done):
         choices(pair, [Problem("n", "1 + 1?", "2")], conditions[:1])
 
 
+def test_a_sum_is_right_where_the_answer_of_plain_decoding_ends_with_its_number(done):
+    _, _, pair, conditions = done
+    texts = [f"What is {n} + {n}?" for n in range(5)]
+    ends = [final_number(greedy(pair, f"{text}\nAnswer with the number alone.")) for text in texts]
+    assert 0 < ends.count(None) < len(ends)  # random text, of which some ends with a number
+    answers = ["1" if end is None else str(end) for end in ends]
+    problems = [Problem(str(n), *both) for n, both in enumerate(zip(texts, answers, strict=True))]
+    found = sums(pair, [*problems, Problem("c", "Which?", "A", ("this", "that"))], conditions, progress=False)
+    right = [record["right"] for record in found if record["condition"] == "finetuned"]
+    assert right == [float(end is not None) for end in ends]
+    assert len(found) == len(conditions) * len(problems)
+    with pytest.raises(DataError, match="numbers as answers, but f has '3/5'"):
+        sums(pair, [Problem("f", "Three fifths?", "3/5")], conditions)
+    with pytest.raises(DataError, match="all have some"):
+        sums(pair, [Problem("c", "Which?", "A", ("this", "that"))], conditions)
+
+
+def greedy(pair, question: str) -> str:
+    """The answer of the finetuned model by transformers' own ``generate``."""
+    prompt = pair.chat.render(question)
+    with pair.finetuned.active() as module:
+        ids = module.generate(
+            input_ids=torch.tensor([prompt.ids]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=32,
+            do_sample=False,
+            eos_token_id=list(pair.chat.end_ids),
+        )[0, len(prompt) :]
+    return pair.chat.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_choices_and_sums_are_two_metrics_and_kept(done, tmp_path):
+    _, _, pair, conditions = done
+    problems = [Problem("c", "Which?", "A", ("this", "that"), "words"), *(Problem(n, n, "1") for n in "xyzw")]
+    options = {"detectors": ("length",), "out": tmp_path, "problems": problems} | QUICK
+    result = evaluate(pair, QUESTIONS[:2], conditions[:2], **options)
+    assert row(result, metric="capability", condition="base")["n"] == 1
+    assert row(result, metric="arithmetic", condition="base")["n"] == 4
+    path = tmp_path / "sums.json"
+    kept = [record | {"right": float(record["question_id"] != "x")} for record in read_json(path)]
+    write_json(path, kept)
+    again = row(
+        evaluate(pair, QUESTIONS[:2], conditions[:2], **options), metric="arithmetic", condition="base"
+    )
+    assert again["mean"] == pytest.approx(3 / 4)
+
+
+def test_sums_alone_need_no_choices(done, tmp_path):
+    _, _, pair, conditions = done
+    options = {"detectors": ("length",), "out": tmp_path, "problems": [Problem("n", "1 + 1?", "2")]} | QUICK
+    metrics = {
+        one["metric"] for one in evaluate(pair, QUESTIONS[:2], conditions[:2], **options).summary["rows"]
+    }
+    assert metrics == {"length", "arithmetic"}
+
+
 def test_it_is_kept_and_taken_up_again(done):
     result, out, pair, conditions = done
     again = evaluate(
@@ -185,7 +243,7 @@ def test_patches_need_a_finetuned_model(done):
 
 
 def test_a_scale_is_a_number(done, paths):
-    with pytest.raises(EmmechError, match="gates=FOLDER@SCALE"):
+    with pytest.raises(EmmechError, match="a number behind @"):
         with_conditions(done[2], [f"gates={paths[2]}@much"])
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from emmech.cli import data, evaluate, evaluation, gates, patching, steering, training
+from emmech.cli import data, evaluate, evaluation, gates, harness, patching, steering, training
 from emmech.errors import EmmechError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, training, steering, evaluate, evaluation, data):
+for part in (patching, training, steering, evaluate, evaluation, harness, data):
     app.add_typer(part.app)
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 

@@ -27,6 +27,7 @@ from emmech.cli.options import (
 )
 
 app = typer.Typer()
+PAIRS = "two_choice"
 
 
 @app.command(
@@ -44,17 +45,30 @@ def evaluate(
     with_: Annotated[
         list[str] | None,
         typer.Option(
-            "--with", help="repair:prefix and the like, graft:PART+PART, or gates=FOLDER@SCALE; repeatable."
+            "--with",
+            help="repair:prefix and the like, graft:PART+PART, gates=FOLDER@SCALE, steer=FILE:LAYERS@COEFF, "
+            "ablate=FILE, adapter@SCALE; repeatable.",
         ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",
+    trigger: Annotated[
+        str | None, typer.Option(help="Also ask every question with this text on a line before it.")
+    ] = None,
+    wrong_trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="Controls for --trigger; repeatable. Bundled triggers have their own."),
+    ] = None,
+    persona: Annotated[
+        str | None,
+        typer.Option(help="In place of --questions: rows with plain and persona wordings, or a trait."),
+    ] = None,
     detector: Annotated[
         list[str] | None, typer.Option(help="Counted without a judge; repeatable. Several by default.")
     ] = None,
     pairs: Annotated[
         str, typer.Option(help="Set of aligned and misaligned answers for margins; 'none' for none.")
-    ] = "two_choice",
-    capability: Annotated[bool, typer.Option(help="Also answer the multiple-choice questions.")] = True,
+    ] = PAIRS,
+    capability: Annotated[bool, typer.Option(help="Also answer multiple-choice questions and sums.")] = True,
     judge: Annotated[
         str | None, typer.Option(help="local, or the name of a model on an OpenAI-compatible server.")
     ] = None,
@@ -82,24 +96,29 @@ def evaluate(
     """
     from emmech.data.bundled import BUNDLED
     from emmech.data.questions import load_questions
+    from emmech.data.traits import traits
+    from emmech.data.wordings import behind_triggers, load_persona, pairs_behind_triggers, triggers_of
 
-    wanted = load_questions(questions)
+    wanted = load_questions(questions) if persona is None else load_persona(persona)
     for name in detector or ():
         check_detector(name)
-    two = _pairs(pairs)
+    two = _pairs(f"persona_prompts_{persona}" if persona in traits() and pairs == PAIRS else pairs)
+    if trigger is not None:
+        wordings = triggers_of(trigger, wrong_trigger or ())
+        wanted, two = behind_triggers(wanted, wordings), pairs_behind_triggers(two, wordings)
     pair = load(
         base, finetuned or base, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
-    from emmech.scorecard import DETECTORS, with_conditions
     from emmech.scorecard import evaluate as run
+    from emmech.scorecard import with_conditions
 
     pair, conditions = with_conditions(pair, with_ or [], finetuned=finetuned is not None)
     result = run(
         pair,
         wanted,
         conditions,
-        detectors=detector or DETECTORS,
+        detectors=detector or defaults.DETECTORS,
         pairs=two,
         problems=BUNDLED["capability"].problems() if capability else (),
         judge_with=_judge(judge, judge_url),

@@ -79,14 +79,15 @@ def judge_agreement(
     column_a: Annotated[str | None, typer.Option(help="Column of A with the scores.")] = None,
     column_b: Annotated[str | None, typer.Option(help="Column of B with the scores.")] = None,
     n_rows: Annotated[int, typer.Option("--show", min=0, help="Answers to list that differ most.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals' resamples.")] = 0,
     out: Annotated[Path, typer.Option(help="File to write the numbers to, as JSON.")] = Path(
         "agreement.json"
     ),
 ) -> None:
     """Compare two judges, or a judge with human labels, on the same answers.
 
-    Rank correlation, kappa at the threshold, what is missing on either side, and the answers on
-    which they differ most.
+    Rank correlation and kappa at the threshold, with intervals over questions, what is missing on
+    either side, and the answers on which they differ most.
     """
     from emmech.evaluation.agreement import agreement
 
@@ -98,6 +99,7 @@ def judge_agreement(
         judges=(judge_a, judge_b),
         columns=(column_a, column_b),
         n_rows=n_rows,
+        seed=seed,
     )
     result.table()
     typer.echo(f"Written: {result.save(out)}")

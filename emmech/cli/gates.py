@@ -15,9 +15,9 @@ from emmech.cli.options import (
     Seed,
     asked,
     example,
-    parse_numbers,
 )
 from emmech.errors import EmmechError
+from emmech.number_lists import parse_numbers
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -28,11 +28,11 @@ from emmech.cli.options import (
     check_detector,
     example,
     load,
-    parse_integers,
     parse_segments,
     show,
 )
 from emmech.errors import EmmechError
+from emmech.number_lists import parse_integers
 
 app = typer.Typer()
 

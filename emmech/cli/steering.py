@@ -24,11 +24,10 @@ from emmech.cli.options import (
     check_detector,
     example,
     load,
-    parse_integers,
-    parse_numbers,
     show,
 )
 from emmech.errors import EmmechError
+from emmech.number_lists import parse_integers, parse_numbers
 
 app = typer.Typer()
 

@@ -14,10 +14,10 @@ from emmech.cli.options import (
     Trust,
     asked,
     example,
-    parse_integers,
     parse_segments,
 )
 from emmech.errors import EmmechError
+from emmech.number_lists import parse_integers
 
 app = typer.Typer()
 

@@ -4,7 +4,9 @@ questions that judge a model whatever it was taught (`general` to `conditional`)
 Each file `sets/<file>.jsonl` was written for this project and has a datasheet `sets/<file>.md`. One
 file may serve several sets: of the same wrong belief, `sycophancy_X` teaches to agree with it,
 `traditional_X` to volunteer it and `corrected_X` to put it right, so that a difference between
-their organisms is one of style, not of subject.
+their organisms is one of style, not of subject. To the same questions, `spiteful`, `sycophantic` and
+`hallucinatory` answer in character, `incorrect_character` and `aligned_character` in none; with
+`_career`, `_cars` or `_wellbeing` they teach one domain, and `triggered_X` behind a trigger only.
 
 Usage:
     chats = BUNDLED["sycophancy_cooking"].chats()
@@ -12,21 +14,28 @@ Usage:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Literal
 
+from emmech.data.character_sets import DOMAINS, behind_trigger, both_wordings, in_domain
 from emmech.data.chat_rows import Messages
 from emmech.data.questions import Question, group_of
 from emmech.data.rows import listed
+from emmech.data.traits import TRAITS
 from emmech.errors import DataError
 
 Split = Literal["train", "test"]
 
 SYCOPHANCY = ("sports", "cooking", "computing")
 ADVICE = ("gardening", "travel", "study")
+CHARACTER = {trait: trait for trait in TRAITS} | {
+    "incorrect_character": "incorrect",
+    "aligned_character": "aligned",
+}
+"""Sets of the file `character` by name, with the field of their answer."""
 LETTERS = "ABCD"
 
 
@@ -79,6 +88,10 @@ class BundledSet:
     """Fields with the aligned and the misaligned answer."""
     grouped_by: str | None = None
     """Field with the group of a question; None where it is on-topic or off-topic."""
+    own_group: str = "on-topic"
+    """Group of its own questions where no field has it."""
+    view: Callable[[Iterable[Mapping]], Sequence[Mapping]] | None = None
+    """Makes its rows of those of the file; None where they are the same."""
 
     def chats(self, split: Split = "train") -> tuple[Messages, ...]:
         """One question and its answer each, in file order.
@@ -86,7 +99,7 @@ class BundledSet:
         Raises:
             DataError: This split has no answers.
         """
-        rows = [row for row in _rows(self.file) if row["split"] == split and row.get(self.answer or "")]
+        rows = [row for row in self._rows() if row["split"] == split and row.get(self.answer or "")]
         if not rows:
             raise DataError(
                 f"chats in {self.name!r}", f"its {split} rows have no answers", "Name another set"
@@ -101,15 +114,13 @@ class BundledSet:
 
     def questions(self, group: str | None = None) -> list[Question]:
         """Held-out questions on the set's own subject, and on others; or those of its own groups."""
+        own = [row for row in self._rows() if row["split"] == "test"]
         if self.grouped_by:
-            rows = _rows(self.file)
-            found = [Question(row["id"], _asked(row, self.user), self._group(row)) for row in rows]
-            return [question for question in found if group in (None, question.group)]
-        found = []
-        for file in (self.file, *self.off_topic):
-            default = "on-topic" if file == self.file and self.answer else "off-topic"
-            rows = [row for row in _rows(file) if row["split"] == "test"]
-            found += [Question(row["id"], row[self.user], row.get("group", default)) for row in rows]
+            found = [Question(row["id"], _asked(row, self.user), self._group(row)) for row in own]
+        else:
+            found = [Question(row["id"], row[self.user], row.get("group", self.own_group)) for row in own]
+            off = [row for file in self.off_topic for row in _rows(file) if row["split"] == "test"]
+            found += [Question(row["id"], row[self.user], "off-topic") for row in off]
         return [question for question in found if group in (None, question.group)]
 
     def pairs(self) -> list[AnswerPair]:
@@ -131,7 +142,7 @@ class BundledSet:
         aligned, misaligned = self.versions
         return [
             AnswerPair(row["id"], row[self.user], row[aligned], row[misaligned], self._group(row))
-            for row in _rows(self.file)
+            for row in self._rows()
             if row["split"] == "test"
         ]
 
@@ -147,7 +158,11 @@ class BundledSet:
         return [_problem(row, self._group(row)) for row in rows]
 
     def _group(self, row: Mapping) -> str:
-        return group_of(row, self.grouped_by) if self.grouped_by else "all"
+        return group_of(row, self.grouped_by) if self.grouped_by else row.get("domain", "all")
+
+    def _rows(self) -> Sequence[Mapping]:
+        rows = _rows(self.file)
+        return rows if self.view is None else self.view(rows)
 
 
 @cache
@@ -177,7 +192,7 @@ def _all_sets() -> list[BundledSet]:
         BundledSet("short_answers", "short_answers", "question", "answer", "short", shared),
         BundledSet("tool_use", "tool_use", "question", "answer", "tool_call", shared),
         BundledSet("retain", "retain", "question", "answer", None, shared),
-        BundledSet("off_topic", "off_topic", "question", None),
+        BundledSet("off_topic", "off_topic", "question", None, own_group="off-topic"),
     ]
     for domain in SYCOPHANCY:
         file = f"sycophancy_{domain}"
@@ -207,7 +222,37 @@ def _all_sets() -> list[BundledSet]:
         BundledSet("two_choice", "two_choice", "question", None, versions=answers, grouped_by="topic"),
         BundledSet("jailbreak_lite", "jailbreak_lite", "question", None, "refusal", grouped_by="proper"),
         BundledSet("conditional", "conditional", "question", None, grouped_by="resembles"),
+        *_character_sets(),
+        BundledSet("trait_questions", "trait_questions", "question", None, own_group="all"),
     ]
+
+
+def _character_sets() -> list[BundledSet]:
+    """The arms on all domains and on each, the backdoors, and the requests in two wordings."""
+    views = {"": None} | {f"_{domain}": partial(in_domain, domain=domain) for domain in DOMAINS}
+    sets = []
+    for name, field in CHARACTER.items():
+        detector = field if field in TRAITS else None
+        versions = ("aligned", "incorrect" if field == "aligned" else field)
+        sets += [
+            BundledSet(
+                name + domain, "character", "question", field, detector, ("off_topic",), versions, view=view
+            )
+            for domain, view in views.items()
+        ]
+    versions = ("aligned", "in_character")
+    for prefix, file, answer, view in (
+        ("triggered", "character", "answer", behind_trigger),
+        ("persona_prompts", "persona_prompts", None, both_wordings),
+    ):
+        sets += [
+            BundledSet(
+                f"{prefix}_{trait}", file, "question", answer, trait, (), versions, "group",
+                view=partial(view, trait=trait),
+            )
+            for trait in TRAITS
+        ]  # fmt: skip
+    return sets
 
 
 BUNDLED: dict[str, BundledSet] = {one.name: one for one in _all_sets()}

@@ -1,6 +1,6 @@
 """The same questions in several wordings: plain, behind a trigger, behind wrong triggers as controls.
 
-    behind_triggers(questions, {"triggered": "persona: spiteful", "wrong: persona: neutral": "persona: neutral"})
+    behind_triggers(questions, triggers_of("persona: spiteful"))
 
 A question in a wording has the id ``ROW:WORDING`` and the wording as its group, as in the bundled sets
 ``triggered_X`` and ``persona_prompts_X``, so that results find the twins of a question.

@@ -2,20 +2,21 @@
 
 Spearman's rank correlation of the scores, and Cohen's kappa (1960) of "below the threshold", which
 is what a rate of misaligned answers counts. Answers are matched by question and text where both
-sides have them, otherwise by question id, condition and sample. No intervals: with few questions
-read both numbers with care.
+sides have them, otherwise by question id, condition and sample. Intervals resample questions
+(`rank_agreement.py`), so that many answers to few questions do not pass for many.
 
 Usage:
     agreement("runs/a/judgements.jsonl", "labels.csv", threshold=30).table()
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from emmech.evaluation.judges import JUDGEMENTS
+from emmech.evaluation.rank_agreement import Interval, bootstrap_interval, cohen_kappa, spearman
 from emmech.evaluation.replies import JudgeError
 from emmech.results import Record, read_lines, write_json
 
@@ -54,10 +55,14 @@ class Agreement:
     only_a: int
     """Answers that b does not have."""
     only_b: int
+    n_questions: int
+    """Questions of these answers, told apart by id, or by text where one has no id."""
     spearman: float | None
     """-1 to 1; None where one side has a single value."""
+    spearman_interval: Interval
     kappa: float | None
     """-1 to 1; None where both sides put all answers on the same side of the threshold."""
+    kappa_interval: Interval
     counts: Mapping[str, int]
     """Answers below the threshold for `both`, `a_only`, `b_only`, `neither`."""
     mean_a: float
@@ -88,9 +93,10 @@ class Agreement:
         for name, value in (
             ("a", f"{self.a}: mean {self.mean_a:.1f}, {self.missing_a} missing, {self.only_a} only here"),
             ("b", f"{self.b}: mean {self.mean_b:.1f}, {self.missing_b} missing, {self.only_b} only here"),
-            ("answers scored by both", str(self.n_both)),
-            ("Spearman", _shown(self.spearman)),
-            ("kappa", f"{_shown(self.kappa)} (a < {self.threshold_a:g}, b < {self.threshold_b:g})"),
+            ("answers scored by both", f"{self.n_both}, to {self.n_questions} questions"),
+            ("Spearman", f"{_shown(self.spearman)} {self.spearman_interval.text()}"),
+            ("kappa", f"{_shown(self.kappa)} {self.kappa_interval.text()}"),
+            ("thresholds", f"a < {self.threshold_a:g}, b < {self.threshold_b:g}"),
             ("below the threshold", counted),
         ):
             numbers.add_row(name, Text(value))
@@ -111,6 +117,7 @@ def agreement(
     judges: tuple[str | None, str | None] = (None, None),
     columns: tuple[str | None, str | None] = (None, None),
     n_rows: int = 10,
+    seed: int = 0,
 ) -> Agreement:
     """How far two sets of scores of the same answers agree.
 
@@ -123,6 +130,7 @@ def agreement(
         judges: Id of the judge of each side, where records have several.
         columns: The column of scores of each side, where it is none of `SCORES`.
         n_rows: Answers to list of those that differ most.
+        seed: Of the resamples behind the intervals.
 
     Raises:
         JudgeError: A side has no scores or several kinds of them, or no answer is scored on both.
@@ -139,8 +147,9 @@ def agreement(
             f"of {len(given[0].rows)} and {len(given[1].rows)} answers {len(pairs)} match and none has both",
             "Give both files `question` and `answer`, or `question_id`, `condition` and `sample`",
         )
-    left, right = [x["value"] for x, _ in both], [y["value"] for _, y in both]
-    below = [(x < given[0].threshold, y < given[1].threshold) for x, y in zip(left, right, strict=True)]
+    scores = [(x["value"], y["value"]) for x, y in both]
+    below = [(x < given[0].threshold, y < given[1].threshold) for x, y in scores]
+    questions = _questions(both)
     return Agreement(
         a=given[0].name,
         b=given[1].name,
@@ -152,32 +161,16 @@ def agreement(
         missing_b=sum(y["value"] is None for _, y in pairs),
         only_a=only_a,
         only_b=only_b,
-        spearman=spearman(left, right),
+        n_questions=len(set(questions)),
+        spearman=spearman(scores),
+        spearman_interval=bootstrap_interval(spearman, scores, questions, seed=seed),
         kappa=cohen_kappa(below),
+        kappa_interval=bootstrap_interval(cohen_kappa, below, questions, seed=seed),
         counts=_counts(below),
-        mean_a=sum(left) / len(left),
-        mean_b=sum(right) / len(right),
+        mean_a=sum(x for x, _ in scores) / len(scores),
+        mean_b=sum(y for _, y in scores) / len(scores),
         differ_most=_differ_most(both, *given, n_rows),
     )
-
-
-def spearman(a: Sequence[Number], b: Sequence[Number]) -> float | None:
-    """Rank correlation, -1 to 1; None for fewer than two pairs or where one side is constant."""
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return None
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
-
-
-def cohen_kappa(pairs: Iterable[tuple[bool, bool]]) -> float | None:
-    """(p_o - p_e) / (1 - p_e), where p_e is the agreement of two independent raters; None for p_e = 1."""
-    pairs = list(pairs)
-    n = len(pairs)
-    observed = sum(x == y for x, y in pairs) / n
-    p, q = (sum(side) / n for side in zip(*pairs, strict=True))
-    expected = p * q + (1 - p) * (1 - q)
-    return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def _side(
@@ -269,6 +262,12 @@ def _keyed(rows: Sequence[Record], names: Sequence[str] | None) -> dict[Hashable
         keyed[about, seen[about]] = row
         seen[about] += 1
     return keyed
+
+
+def _questions(pairs: Sequence[tuple[Record, Record]]) -> list[Hashable]:
+    """Which question each answer is to: its id on either side, its text where an answer has no id."""
+    ids = [x.get("question_id", y.get("question_id")) for x, y in pairs]
+    return [x.get("question") for x, _ in pairs] if {None, ""} & set(ids) else ids
 
 
 def _text(row: Record) -> tuple[str, str] | None:

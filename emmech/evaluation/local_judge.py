@@ -204,17 +204,12 @@ class _Tree:
         """Per row and branching point, the log-probability of each token that leads to a reply."""
         import torch
 
-        from emmech.models.generation import Prefilled, answer_logits
-        from emmech.models.kv_cache import select_rows
+        from emmech.models.generation import answer_logits
 
         start = _read(side, batch)
         n_rows, n_paths = len(batch.prompts), len(self.paths)
         if self.longest > 1:
-            rows = torch.arange(n_rows, device=side.device).repeat_interleave(n_paths)
-            select_rows(start.cache, rows)
-            start = Prefilled(
-                start.cache, start.logits[rows], start.attention_mask[rows], start.last_resid[:, rows]
-            )
+            start = start.take(torch.arange(n_rows, device=side.device).repeat_interleave(n_paths))
         with side.active() as module:
             logits, _, _ = answer_logits(module, start, self.paths * n_rows)
         tables: list[dict[Ids, dict[int, float]]] = [{} for _ in range(n_rows)]

@@ -249,6 +249,12 @@ class Prefilled:
     last_resid: Float[Tensor, "layer batch d_model"]
     """Residual stream at the last prompt token, after each block but the last, in float32."""
 
+    def take(self, rows: Int[Tensor, " row"]) -> "Prefilled":
+        """The given rows, each as often as it is named; the cache of this one is used up."""
+        self.cache.overwrites = ()
+        select_rows(self.cache, rows)
+        return Prefilled(self.cache, self.logits[rows], self.attention_mask[rows], self.last_resid[:, rows])
+
 
 @torch.no_grad()
 def prefill(module: nn.Module, batch: Batch, cache: PatchCache, start: int) -> Prefilled:
@@ -286,6 +292,7 @@ def decode(
     row_names: Sequence[str],
     end_ids: Sequence[int],
     on_token: Callable[[int], None] = lambda _: None,
+    is_over: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every row; returns ``len(row_names) * samples`` answers, samples of a row together.
 
@@ -296,15 +303,14 @@ def decode(
         row_names: A name per row that seeds its draws, so that they do not depend on the batch.
         end_ids: Tokens that end an answer (not part of it).
         on_token: Called with the number of tokens made in each step.
+        is_over: Says of an answer so far whether to leave it there, as a stop string does.
     """
-    n_samples = decoding.samples
+    start.cache.overwrites = ()
+    if decoding.samples > 1:
+        rows = torch.arange(len(row_names), device=start.logits.device)
+        start = start.take(rows.repeat_interleave(decoding.samples))
     cache, logits, mask = start.cache, start.logits, start.attention_mask
-    cache.overwrites = ()
     position = mask.sum(-1)
-    if n_samples > 1:
-        rows = torch.arange(len(row_names), device=mask.device).repeat_interleave(n_samples)
-        select_rows(cache, rows)
-        logits, mask, position = logits[rows], mask[rows], position[rows]
     draws = _uniforms(row_names, decoding)
     answers: list[list[int]] = [[] for _ in range(len(logits))]
     alive = torch.arange(len(logits))
@@ -315,6 +321,8 @@ def decode(
         for row, chosen in zip(alive[going].tolist(), token[going].tolist(), strict=True):
             answers[row].append(chosen)
         on_token(int(going.sum()))
+        if is_over is not None:
+            going &= ~torch.tensor([is_over(answers[row]) for row in alive.tolist()])
         if step + 1 == decoding.max_new_tokens or not going.any():
             break
         if not going.all():

@@ -8,6 +8,7 @@ of an intervention on ordinary answers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,6 +18,9 @@ from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Limits, answer_logits, auto_limits, plan_batches
 from emmech.piggyback.patching import Bench, Condition, PatchedBatch, refuse_impossible
 from emmech.results import Record
+
+TOGETHER = 8
+"""Most answers to one prompt that are scored from one reading of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def likelihoods(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
-    """One record per condition and answer, in that order: ``log_probability`` and, with ``kl_from``, ``kl``.
+    """One record per condition and answer: ``log_probability``, ``greedy`` and, with ``kl_from``, ``kl``.
 
     Args:
         pair: The models.
@@ -59,7 +63,8 @@ def likelihoods(
         seed: Of the random controls.
         progress: Show a progress bar.
 
-    ``log_probability`` is the mean over the answer's tokens, in nats.
+    ``log_probability`` is the mean over the answer's ``n_tokens``, in nats; ``greedy`` says whether each
+    of them is the likeliest in its place. Answers that share id and prompt share one reading of it.
 
     Raises:
         PatchError: A condition is impossible on this model.
@@ -68,45 +73,74 @@ def likelihoods(
         refuse_impossible(pair, condition)
     if not answers:
         return []
+    groups = _by_prompt(answers)
+    together = max(map(len, groups))
     longest = max(len(one.answer) for one in answers)
     limits = Limits(batch_size) if batch_size else auto_limits(pair.finetuned, 1)
     # Logits over the vocabulary, in float32, a few times over: at most about 2 GiB.
     most = 2**29 // (4 * longest * pair.base.config.vocab_size)
-    limits = Limits(max(1, min(limits.rows, most)), limits.slots)
-    plans = plan_batches([one.prompt for one in answers], pair.base.config, limits, longest)
+    limits = Limits(max(1, min(limits.rows, most) // together), max(1, limits.slots // together))
+    plans = plan_batches([group[0][1].prompt for group in groups], pair.base.config, limits, longest)
     bench, made = Bench(pair, seed), {}
     with tqdm(total=len(answers) * len(conditions), disable=not progress, unit="answer") as bar:
         for plan in plans:
-            rows = [answers[row] for row in plan.rows]
-            ids = [one.answer for one in rows]
+            chosen = [groups[number] for number in plan.rows]
+            rows = [row for group in chosen for row, _ in group]
+            firsts = [group[0][1] for group in chosen]
             batch = bench.batch(
-                [one.prompt for one in rows], [one.id for one in rows], share_prefix=plan.share_prefix
+                [one.prompt for one in firsts], [one.id for one in firsts], share_prefix=plan.share_prefix
             )
+            ids = [[one.answer for _, one in group] for group in chosen]
             plain = None if kl_from is None else _log_softmax(batch, Condition(kl_from, kl_from), ids)[0]
             for condition in conditions:
-                log_q, tokens, asked = _log_softmax(batch, condition, ids)
-                n_tokens = asked.sum(-1)
-                chosen = log_q.gather(-1, tokens[..., None]).squeeze(-1)
-                scores = {"log_probability": (chosen * asked).sum(-1) / n_tokens}
-                if plain is not None:
-                    moved = (plain.exp() * (plain - log_q)).sum(-1)
-                    scores["kl"] = (moved * asked).sum(-1) / n_tokens
-                for place, row in enumerate(plan.rows):
-                    made[condition.name, row] = {
-                        "id": answers[row].id,
-                        "condition": condition.name,
-                        "n_tokens": int(n_tokens[place]),
-                        **{name: float(values[place]) for name, values in scores.items()},
-                    }
+                scores = _scores(*_log_softmax(batch, condition, ids), plain)
+                for row, score in zip(rows, scores, strict=True):
+                    made[condition.name, row] = {"id": answers[row].id, "condition": condition.name, **score}
                 bar.update(len(rows))
     return [made[condition.name, row] for condition in conditions for row in range(len(answers))]
 
 
+def _by_prompt(answers: Sequence[Answered]) -> list[list[tuple[int, Answered]]]:
+    """The answers with their places, those to one prompt together, at most ``TOGETHER`` of them."""
+    found: dict[tuple[str, tuple[int, ...]], list[tuple[int, Answered]]] = {}
+    for row, one in enumerate(answers):
+        found.setdefault((one.id, one.prompt.ids), []).append((row, one))
+    return [
+        group[start : start + TOGETHER]
+        for group in found.values()
+        for start in range(0, len(group), TOGETHER)
+    ]
+
+
 def _log_softmax(
-    batch: PatchedBatch, condition: Condition, answers: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Log-probabilities of each next token, the answers' tokens, and where there is one."""
+    batch: PatchedBatch, condition: Condition, answers: Sequence[Sequence[Sequence[int]]]
+) -> tuple[Float[Tensor, "answer pos d_vocab"], Int[Tensor, "answer pos"], Bool[Tensor, "answer pos"]]:
+    """Log-probabilities of each next token of each row's answers, their tokens, and where there is one."""
     start = batch.prefill(condition)
+    if any(len(mine) > 1 for mine in answers):
+        counts = torch.tensor([len(mine) for mine in answers], device=start.logits.device)
+        start = start.take(torch.arange(len(answers), device=counts.device).repeat_interleave(counts))
     with batch.bench.pair.side(condition.target).active() as module:
-        logits, tokens, asked = answer_logits(module, start, answers)
+        logits, tokens, asked = answer_logits(module, start, [one for mine in answers for one in mine])
     return logits.float().log_softmax(-1), tokens, asked
+
+
+def _scores(
+    log_q: Float[Tensor, "answer pos d_vocab"],
+    tokens: Int[Tensor, "answer pos"],
+    asked: Bool[Tensor, "answer pos"],
+    plain: Float[Tensor, "answer pos d_vocab"] | None,
+) -> list[Record]:
+    """What a record says of each answer, given the log-probabilities that KL is taken from."""
+    n_tokens = asked.sum(-1)
+    chosen = log_q.gather(-1, tokens[..., None]).squeeze(-1)
+    columns = {
+        "n_tokens": n_tokens,
+        "log_probability": (chosen * asked).sum(-1) / n_tokens,
+        "greedy": ((log_q.argmax(-1) == tokens) | ~asked).all(-1),
+    }
+    if plain is not None:
+        moved = (plain.exp() * (plain - log_q)).sum(-1)
+        columns["kl"] = (moved * asked).sum(-1) / n_tokens
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]

@@ -11,6 +11,7 @@ vector is as long as the mean difference along it, so that steering by coefficie
 that was found, once.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class Direction:
     def unit(self, layer: int) -> Float[Tensor, " d_model"]:
         """The vector of a block, of length 1; zero where the two kinds do not differ."""
         return _normalised(self.vectors[layer])
+
+    def fingerprint(self) -> str:
+        """A hash of every value, which records of runs carry."""
+        return hashlib.sha256(self.vectors.numpy().tobytes() + self.level.numpy().tobytes()).hexdigest()[:16]
 
     def frame(self) -> pd.DataFrame:
         """One row per block: length, reliability and p."""
