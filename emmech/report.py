@@ -39,6 +39,10 @@ _PATCHING = (
     "and the answer is written from these. Patching exchanges some of them, or the states they "
     "are made from, while the prompt is read; then the model answers as usual."
 )
+_GRAFTING = (
+    "Weights act on each token by itself, and tokens meet only where the model attends. So a chat can be "
+    "read with the finetuned weights at some tokens and the base's at all others, answer included."
+)
 _CHANGING = "The prompt is changed before the model reads it; nothing inside the model is touched."
 _PLACES = {
     "prefix": "at the prefix (what the chat template writes before the question)",
@@ -48,6 +52,7 @@ _PLACES = {
     "postfix-same": "at the postfix, taken from the same question",
     "prompt": "at every token of the prompt",
 }
+_GRAFTED = {"last": "prompt's last token", "postfix-rest": "postfix without its last token"}
 _MEANINGS = {
     "base": "The model before finetuning, left alone.",
     "finetuned": "The model after finetuning, left alone.",
@@ -94,6 +99,28 @@ def results_table(summary: Summary) -> Table:
     return table
 
 
+def shares_table(summary: Summary) -> Table:
+    """Of a run of grafts, what each part of the chat does to the change from base to finetuned."""
+    caption = "Change of the mean. Shares are averages over the orders of grafting and add up to the whole. "
+    table = Table(caption=Text(caption + INTERVAL), caption_justify="left", box=SIMPLE_HEAD)
+    head, rows = _shares(summary)
+    for title in head:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _shares(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: group, part, its effect alone, when left out, and its share."""
+    kinds = ("alone", "left_out", "share")
+    rows = [
+        [row["group"], row["part"], *(as_estimate(row[kind]).text() if row[kind] else "" for kind in kinds)]
+        for row in summary.get("shares", ())
+    ]
+    return ["group", "part", "grafted alone", "lost when left out", "share"], rows
+
+
 def write_report(folder: str | Path, summary: Summary, records: Sequence[Record]) -> Path:
     """Write ``report.html`` into ``folder`` and return its path.
 
@@ -106,9 +133,9 @@ def write_report(folder: str | Path, summary: Summary, records: Sequence[Record]
         "finding": figures.finding(summary),
         "sentences": _sentences(summary),
         "notes": "".join(f"<li>{as_text(note)}</li>" for note in summary.get("notes", ())),
-        "table": _table(summary),
+        "table": _table(summary) + _shares_part(summary),
         "interval": as_text(_interval_meaning(summary)) if metric_rows(summary) else "",
-        "idea": _PATCHING if summary.get("checks") else _CHANGING,
+        "idea": _idea(summary),
         "meanings": _rows((name, meaning) for name, meaning in condition_meanings(summary)),
         "figures": "".join(block for block, _ in drawn),
         "checks": _checks(summary),
@@ -134,6 +161,13 @@ def condition_meanings(summary: Summary) -> list[tuple[str, str]]:
     return list(meanings.items())
 
 
+def _idea(summary: Summary) -> str:
+    """What was done, for someone who has not read the paper."""
+    if summary.get("kind") == "graft":
+        return _GRAFTING
+    return _PATCHING if summary.get("checks") else _CHANGING
+
+
 def _meaning(name: str, summary: Summary) -> str:
     kind, _, rest = name.partition(":")
     target, source = ("finetuned", "base") if kind == "repair" else ("base", "finetuned")
@@ -148,6 +182,9 @@ def _meaning(name: str, summary: Summary) -> str:
     if kind in ("repair", "induce"):
         place = _PLACES.get(rest, f"at {rest}")
         return f"The {target} model with its keys and values replaced by the {source} model's {place}."
+    if kind == "graft":
+        where = ", ".join(_GRAFTED.get(part, part) for part in rest.split("+"))
+        return f"The finetuned weights at the {where}, and the base's at every other token."
     if kind == "perturb":
         return f"The finetuned model, unpatched, with tokens of the {rest} changed for similar ones."
     if kind == "template":
@@ -173,7 +210,7 @@ class _Cell:
 
 
 def _interval_meaning(summary: Summary) -> str:
-    target = "difference: to the same model unpatched. "
+    target = f"difference: to the {'base' if summary['kind'] == 'graft' else 'same model unpatched'}. "
     best = "best trial: the best one of each question. " if _has_best(summary) else ""
     return target + best + INTERVAL
 
@@ -214,6 +251,18 @@ def _table(summary: Summary) -> str:
             lines.append(f"<tr{kind}>{''.join(f'<td>{as_text(c)}</td>' for c in cells)}</tr>")
     header = "".join(f'<th scope="col">{as_text(name)}</th>' for name in head)
     return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _shares_part(summary: Summary) -> str:
+    """The shares of grafts as HTML; nothing in other runs."""
+    head, rows = _shares(summary)
+    if not rows:
+        return ""
+    header = "".join(f'<th scope="col">{name}</th>' for name in head)
+    return (
+        "<h3>What each part adds to the change from base to finetuned</h3>"
+        f'<table class="numbers"><thead><tr>{header}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
+    )
 
 
 def _mean_and_interval(row: Row | None) -> list[str]:

@@ -40,6 +40,7 @@ from emmech.number_lists import parse_integers
 from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
+from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.results import Record, fingerprint, kept, read_json, write_json
@@ -100,7 +101,8 @@ def with_conditions(
 
     Args:
         pair: From ``load_pair``.
-        names: A patch as in ``patch_prefix`` (``repair:prefix``, ``control:noise`` ...), or something done to
+        names: A patch as in ``patch_prefix`` (``repair:prefix``, ``control:noise`` ...);
+            ``graft:PART+PART``, the finetuned weights at these parts only; or something done to
             the finetuned model (to the base, where there is none): ``gates=FOLDER@SCALE``;
             ``steer=FILE:LAYERS@COEFF``, by default in the middle block; ``ablate=FILE:LAYERS``, by default in
             all; ``adapter@SCALE`` of a LoRA pair.
@@ -120,11 +122,14 @@ def with_conditions(
         if made is not None:
             variants[name], provenance[name] = side.under(name, made[0]), made[1]
             conditions.append(Condition(name, name))
+        elif name.startswith(GRAFT) and finetuned:
+            variants[name] = graft_side(pair, parse_graft(name))
+            conditions.append(Condition(name, name))
         elif name in known and (finetuned or name == "base"):
             conditions.append(known[name])
         else:
             raise EmmechError(
-                f"conditions among {', '.join(known)}, {', '.join(INTERVENTIONS)}",
+                f"conditions among {', '.join(known)}, {GRAFT}PART+PART, {', '.join(INTERVENTIONS)}",
                 f"got '{name}'" + ("" if finetuned else " without a finetuned model"),
                 "Correct --with",
             )

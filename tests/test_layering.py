@@ -27,6 +27,7 @@ ALLOWED = {
     "models": ABOVE_CHAT,
     "gates": SCIENCE | {"piggyback", "defaults"},
     "steering": SCIENCE | {"piggyback", "gates", "training", "defaults"},
+    "engines": SCIENCE | {"steering"},
     "training": SCIENCE | {"gates"},
     "piggyback": SCIENCE | {"defaults"},
     "figures": SCIENCE | {"piggyback"},

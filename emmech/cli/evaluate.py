@@ -46,8 +46,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--with",
-            help="repair:prefix and the like, gates=FOLDER@SCALE, steer=FILE:LAYERS@COEFF, ablate=FILE, "
-            "adapter@SCALE; repeatable.",
+            help="repair:prefix and the like, graft:PART+PART, gates=FOLDER@SCALE, steer=FILE:LAYERS@COEFF, "
+            "ablate=FILE, adapter@SCALE; repeatable.",
         ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",

@@ -1,4 +1,4 @@
-"""Commands of the Piggyback test: tokens, patch-prefix, patch-resid, perturb-prefix, demo."""
+"""Commands of the Piggyback test: tokens, patch-prefix, patch-resid, graft, perturb-prefix, demo."""
 
 import json
 from enum import StrEnum
@@ -198,6 +198,67 @@ def patch_resid(
         direction=direction.value,
         detector=detector,
         max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        out=out,
+    )
+    show(result, out, verbose)
+
+
+@app.command(
+    epilog=example(
+        "emmech graft --finetuned runs/demo/organism/step-15 --questions questions.jsonl --out runs/grafts"
+    )
+)
+def graft(
+    finetuned: Finetuned,
+    questions: Questions,
+    out: Out,
+    base: Base = "smollm2",
+    parts: Annotated[
+        str, typer.Option(help="Comma-separated: prefix, query, postfix (or postfix-rest, last), response.")
+    ] = "prefix,query,postfix,response",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A choice of parts such as query+response; repeatable. All choices by default."),
+    ] = None,
+    detector: Detector = defaults.DETECTOR,
+    max_new_tokens: MaxNewTokens = defaults.MAX_NEW_TOKENS,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per question and condition.")] = 1,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantized = None,
+    revision: Revision = None,
+    system: System = None,
+    allow_base_mismatch: Mismatch = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read chats with the finetuned weights at some tokens and the base's at all others.
+
+    Every choice of parts is tried, so that each part's share in the behaviour can be told. Writes
+    responses.jsonl, summary.json and report.html to --out.
+    """
+    from emmech.data.questions import load_questions
+
+    asked = load_questions(questions)
+    check_detector(detector)
+    pair = load(
+        base, finetuned, dtype, device, quantization, revision, system,
+        allow_base_mismatch, trust_remote_code, verbose,
+    )  # fmt: skip
+    from emmech.piggyback.graft_parts import graft_parts
+
+    result = graft_parts(
+        pair,
+        asked,
+        parts=tuple(parts.split(",")),
+        subsets=None if only is None else [one.split("+") for one in only],
+        detector=detector,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
         seed=seed,
         batch_size=batch_size,
         out=out,

@@ -24,6 +24,7 @@ COLORS = {
     "induce": "#CC79A7",
     "control": "#8A8A8A",
     "perturb": "#C58900",
+    "graft": "#56B4E9",
 }
 METHODS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#C58900", "#56B4E9", "#5B5B5B", "#8C564B")
 """One colour per method of finetuning, in the order of the summary."""

@@ -56,12 +56,14 @@ class PatchingResult:
         return pd.DataFrame(self.summary["conditions"])
 
     def table(self) -> None:
-        """Print conditions by groups."""
+        """Print conditions by groups; of grafts, the share of each part too."""
         from rich.console import Console
 
-        from emmech.report import results_table
+        from emmech.report import results_table, shares_table
 
         Console().print(results_table(self.summary))
+        if self.summary.get("shares"):
+            Console().print(shares_table(self.summary))
 
     def figure(self) -> Any:
         """The plotly figure of the table."""
