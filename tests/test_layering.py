@@ -12,13 +12,14 @@ import pytest
 import emmech
 
 ROOT = Path(emmech.__file__).parent
-ABOVE_CHAT = {"errors", "results", "endpoint", "chat"}
+ABOVE_CHAT = {"errors", "results", "endpoint", "completions", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
 ALLOWED = {
     "errors": set(),
     "defaults": set(),
     "results": {"errors"},
     "endpoint": {"errors"},
+    "completions": {"errors", "endpoint"},
     "encoding": set(),
     "chat": {"errors", "results", "encoding"},
     "data": ABOVE_CHAT,
