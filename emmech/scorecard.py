@@ -39,7 +39,9 @@ from emmech.piggyback.choice import choices
 from emmech.piggyback.experiment import default_conditions, run_conditions
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
+from emmech.piggyback.served import Served
 from emmech.results import Record, fingerprint, read_json, write_json
+from emmech.sharding import processes
 
 EVALUATION = "evaluation.json"
 ANSWERS, JUDGED, MARGINS, CHOICES = "answers", "judged", "margins.json", "choices.json"
@@ -133,6 +135,7 @@ def evaluate(
     detectors: Sequence[str] = DETECTORS,
     pairs: Sequence[AnswerPair] = (),
     problems: Sequence[Problem] = (),
+    served: Mapping[str, Served] | None = None,
     judge_with: Backend | None = None,
     rubrics: Sequence[str] = ("alignment", "coherence"),
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
@@ -151,6 +154,8 @@ def evaluate(
         detectors: What is counted in the answers without a judge.
         pairs: Aligned and misaligned answers, of which the likelier one is found (no sampling).
         problems: Multiple-choice questions, of which the likeliest choice is found (no sampling).
+        served: Servers that answer for unpatched conditions, by name; margins and choices are found
+            here all the same.
         judge_with: An ``EndpointJudge`` or ``LocalJudge``; none by default.
         rubrics: What it judges.
         out: Folder; a stopped evaluation goes on there, and no judgement is asked for twice. Further
@@ -179,6 +184,7 @@ def evaluate(
         batch_size=batch_size,
         out=folder / ANSWERS,
         progress=progress,
+        served=served,
     )
     rows: list[Record] = []
     for measure in measures:
@@ -196,11 +202,14 @@ def evaluate(
         right = [(one | {"group": "all"}, one["right"]) for one in chosen]
         rows += _compared("capability", "rate", right, reference)
     if judge_with is not None:
-        asked = judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
+        asked = processes().from_main(
+            lambda: judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
+        )
         rows += _judged(metrics.join_judgements(asked), answers.records, reference)
     first = {key: value for key, value in answers.summary.items() if key not in ("conditions", "checks")}
     result = Evaluation(first | {"conditions": names, "rows": rows})
-    result.save(folder)
+    if processes().is_main:
+        result.save(folder)
     return result
 
 

@@ -34,6 +34,7 @@ from emmech.piggyback.likelihood import Answered, answered, likelihoods
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
 from emmech.results import Record, read_json, write_json
+from emmech.sharding import processes
 
 ANSWERS = "answers"
 """Subfolder with every answer and a page to read them side by side."""
@@ -214,10 +215,11 @@ def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
     """What is in the folder under ``name``, or what ``make`` returns, written there."""
     if folder is None:
         return make()
-    path = folder / name
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
+    path, ours = folder / name, processes()
+    if ours.from_main(lambda: not path.exists()):
+        made = make()  # all processes share this
+        ours.from_main(lambda: write_json(path, made))
+    return ours.from_main(lambda: read_json(path))
 
 
 def _rows(records: Sequence[Record], measure: Detector) -> list[Record]:

@@ -17,6 +17,7 @@ from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Limits, answer_logits, auto_limits, plan_batches
 from emmech.piggyback.patching import Bench, Condition, PatchedBatch, refuse_impossible
 from emmech.results import Record
+from emmech.sharding import processes
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,17 @@ def likelihoods(
         refuse_impossible(pair, condition)
     if not answers:
         return []
+    ours = processes()
     longest = max(len(one.answer) for one in answers)
-    limits = Limits(batch_size) if batch_size else auto_limits(pair.finetuned, 1)
+    limits = ours.from_main(lambda: Limits(batch_size) if batch_size else auto_limits(pair.finetuned, 1))
     # Logits over the vocabulary, in float32, a few times over: at most about 2 GiB.
     most = 2**29 // (4 * longest * pair.base.config.vocab_size)
     limits = Limits(max(1, min(limits.rows, most)), limits.slots)
     plans = plan_batches([one.prompt for one in answers], pair.base.config, limits, longest)
+    plans = ours.share(plans)
     bench, made = Bench(pair, seed), {}
-    with tqdm(total=len(answers) * len(conditions), disable=not progress, unit="answer") as bar:
+    total = sum(len(plan.rows) for plan in plans) * len(conditions)
+    with tqdm(total=total, disable=not (progress and ours.is_main), unit="answer") as bar:
         for plan in plans:
             rows = [answers[row] for row in plan.rows]
             ids = [one.answer for one in rows]
@@ -99,6 +103,7 @@ def likelihoods(
                         **{name: float(values[place]) for name, values in scores.items()},
                     }
                 bar.update(len(rows))
+    made = ours.together(made)
     return [made[condition.name, row] for condition in conditions for row in range(len(answers))]
 
 
