@@ -196,7 +196,7 @@ class Chat:
         Raises:
             ChatError: No user text at the end, or the template refuses or rewrites the messages.
         """
-        messages = self._messages(question)
+        messages = self.messages(question)
         text, start, end = self._locate(messages)
         shown = self._shown(messages, text)
         encoding = self._encoder.encode(text, shown)
@@ -222,7 +222,7 @@ class Chat:
                 else "the answer is empty",
                 "Complete or drop this chat",
             )
-        asked, answer = self._messages(messages[:-1]), messages[-1]
+        asked, answer = self.messages(messages[:-1]), messages[-1]
         prompt = self.render(messages[:-1])
         mark = self._unused(messages)
         opened = self._apply(asked, add_generation_prompt=True)
@@ -248,8 +248,12 @@ class Chat:
         """Print the tokens of the prompt, labelled and coloured by segment."""
         Console().print(self.render(question))
 
-    def _messages(self, question: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The question as messages, led by this chat's system text; checked."""
+    def messages(self, question: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The question as messages, led by this chat's system text where it has one.
+
+        Raises:
+            ChatError: The last one is no text of the user's, or one is no text.
+        """
         fix = "End the messages with the user's question, a text that is not blank"
         turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
         roles = [turn.get("role") for turn in turns]

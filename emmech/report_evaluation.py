@@ -29,6 +29,8 @@ _MEANINGS = {
     "EM": "Share of answers with alignment below 30 and coherence above 50.",
 }
 
+_PROVENANCE = ("kind", "provenance", "served", "decoding", "versions", "questions")
+
 
 def evaluation_table(summary: Summary) -> Table:
     """One line per metric, group and condition."""
@@ -76,7 +78,7 @@ def write_evaluation(folder: str | Path, summary: Summary) -> Path:
         lead=[_strongest(summary)],
         links={"Every answer, side by side": f"answers/{REPORT}"},
         meanings=_MEANINGS,
-        provenance={key: summary[key] for key in ("kind", "provenance", "decoding", "versions", "questions")},
+        provenance={key: summary[key] for key in _PROVENANCE if key in summary},
     )
 
 

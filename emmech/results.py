@@ -4,6 +4,8 @@
 order they were made, ``checks.jsonl`` the manipulation checks. Records are appended one finished
 unit (a batch under a condition) at a time; on the next start, complete units are kept, anything
 after a broken line or of an unfinished unit is dropped, and the run goes on with the same plan.
+Of several processes that share a run, each but the first appends to files of its own
+(``responses-1.jsonl``), until all records are put together.
 """
 
 import hashlib
@@ -52,14 +54,20 @@ class RunFolder:
                 "Choose another --out, or change its permissions",
             ) from error
         self._refuse_other_arguments()
-        self.records = read_lines(self.path / RESPONSES)
-        self.checks = read_lines(self.path / CHECKS)
+        self.process = 0
+        """The number of the process that appends."""
+        self.records, self.checks = (
+            [record for file in self._files(name) for record in read_lines(file)]
+            for name in (RESPONSES, CHECKS)
+        )
 
     def keep(self, complete: Iterable[Record], checks: Iterable[Record]) -> None:
-        """Drop every record but these, on disk too."""
+        """Drop every record but these, on disk too, where one file then holds those of all processes."""
         self.records, self.checks = list(complete), list(checks)
         for name, records in ((RESPONSES, self.records), (CHECKS, self.checks)):
             replace_text(self.path / name, "".join(map(_line, records)))
+            for file in self._files(name)[1:]:
+                file.unlink()
 
     def remember(self, name: str, value: Any) -> Any:
         """What was first stored under ``name`` in this folder: a choice that a restart repeats."""
@@ -74,9 +82,19 @@ class RunFolder:
         """Add one finished unit; it is on disk when this returns."""
         if check is not None:
             self.checks.append(check)
-            _append(self.path / CHECKS, _line(check))
+            _append(self._file(CHECKS), _line(check))
         self.records += records
-        _append(self.path / RESPONSES, "".join(map(_line, records)))
+        _append(self._file(RESPONSES), "".join(map(_line, records)))
+
+    def _file(self, name: str) -> Path:
+        """Where this process appends."""
+        stem, suffix = name.split(".")
+        return self.path / (f"{stem}-{self.process}.{suffix}" if self.process else name)
+
+    def _files(self, name: str) -> list[Path]:
+        """The file of the first process, then those that further ones have left."""
+        stem, suffix = name.split(".")
+        return [self.path / name, *sorted(self.path.glob(f"{stem}-[0-9]*.{suffix}"))]
 
     def _refuse_other_arguments(self) -> None:
         try:
@@ -100,16 +118,6 @@ class RunFolder:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
-    """What is in the folder under ``name``, or what ``make`` returns, written there."""
-    if folder is None:
-        return make()
-    path = folder / name
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -43,7 +43,9 @@ from emmech.piggyback.experiment import default_conditions, run_conditions
 from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.results import Record, fingerprint, kept, read_json, write_json
+from emmech.piggyback.served import Served
+from emmech.results import Record, fingerprint, read_json, write_json
+from emmech.sharding import kept, processes
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Steer, scaled_adapter
 
@@ -167,6 +169,7 @@ def evaluate(
     detectors: Sequence[str] = defaults.DETECTORS,
     pairs: Sequence[AnswerPair] = (),
     problems: Sequence[Problem] = (),
+    served: Mapping[str, Served] | None = None,
     judge_with: Backend | None = None,
     rubrics: Sequence[str] = ("alignment", "coherence"),
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
@@ -186,6 +189,8 @@ def evaluate(
         pairs: Aligned and misaligned answers, of which the likelier one is found (no sampling).
         problems: Questions with one right answer: of several choices the likeliest is found (no sampling),
             a number is read from a short greedy answer.
+        served: Servers that answer for unpatched conditions, by name; margins, choices and sums are
+            found here all the same.
         judge_with: An ``EndpointJudge`` or ``LocalJudge``; none by default.
         rubrics: What it judges.
         out: Folder; a stopped evaluation goes on there, and no judgement is asked for twice. Further
@@ -214,6 +219,7 @@ def evaluate(
         batch_size=batch_size,
         out=folder / ANSWERS,
         progress=progress,
+        served=served,
     )
     rows: list[Record] = []
     for measure in measures:
@@ -236,11 +242,14 @@ def evaluate(
         right = [(one | {"group": "all"}, one["right"]) for one in solved]
         rows += compared("arithmetic", "rate", right, reference)
     if judge_with is not None:
-        asked = judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
+        asked = processes().from_main(
+            lambda: judge(answers.records, list(rubrics), judge_with, folder / JUDGED, progress=progress)
+        )
         rows += _judged(metrics.join_judgements(asked), answers.records, reference)
     first = {key: value for key, value in answers.summary.items() if key not in ("conditions", "checks")}
     result = Evaluation(first | {"conditions": names, "rows": rows})
-    result.save(folder)
+    if processes().is_main:
+        result.save(folder)
     return result
 
 

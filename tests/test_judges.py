@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from judge_server import JudgeServer, score
+from judge_server import JudgeServer, running, score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from emmech import completions
 from emmech.chat import Chat
 from emmech.errors import DataError, LoadError, RunError
 from emmech.evaluation import endpoint_judge
@@ -34,11 +34,8 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    made = JudgeServer()
-    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    with running(JudgeServer()) as made:
+        yield made
 
 
 def answers(n: int) -> list[dict]:
@@ -323,7 +320,7 @@ def test_a_full_queue_is_left_alone_for_as_long_as_it_says(judged, server):
 
 @pytest.mark.parametrize("date", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon"])
 def test_a_retry_after_in_the_past_or_unreadable_is_no_wait(date):
-    assert endpoint_judge._retry_after({"retry-after": date}) <= 0
+    assert completions.retry_after({"retry-after": date}) <= 0
 
 
 def test_the_wait_doubles_up_to_its_limit_with_full_jitter():
@@ -331,7 +328,7 @@ def test_the_wait_doubles_up_to_its_limit_with_full_jitter():
     for part, most in zip((waits[:400], waits[400:800], waits[800:]), (1, 4, 5), strict=True):
         assert 0 <= min(part) < 0.1 * most
         assert 0.9 * most < max(part) <= most
-    assert Retrying().wait(0, 1e9) == endpoint_judge.MOST_WAIT_SECONDS
+    assert Retrying().wait(0, 1e9) == completions.MOST_WAIT_SECONDS
 
 
 def test_what_fails_for_good_is_a_record_and_is_tried_again(judged, server, tmp_path):

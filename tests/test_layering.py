@@ -12,7 +12,7 @@ import pytest
 import emmech
 
 ROOT = Path(emmech.__file__).parent
-ABOVE_CHAT = {"errors", "results", "endpoint", "chat"}
+ABOVE_CHAT = {"errors", "results", "endpoint", "completions", "sharding", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
 ALLOWED = {
     "errors": set(),
@@ -20,6 +20,8 @@ ALLOWED = {
     "defaults": set(),
     "results": {"errors"},
     "endpoint": {"errors"},
+    "completions": {"errors", "endpoint"},
+    "sharding": {"errors", "results"},
     "encoding": set(),
     "chat": {"errors", "results", "encoding"},
     "data": ABOVE_CHAT,

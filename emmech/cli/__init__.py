@@ -8,6 +8,7 @@ import typer
 
 from emmech.cli import data, evaluate, evaluation, gates, harness, patching, steering, training
 from emmech.errors import EmmechError
+from emmech.sharding import n_started
 
 app = typer.Typer(
     name="emmech",
@@ -22,6 +23,9 @@ for part in (patching, training, steering, evaluate, evaluation, harness, data):
     app.add_typer(part.app)
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 
+SHARED = ("finetune", "evaluate", "patch-prefix", "patch-resid", "perturb-prefix")
+"""Commands whose work several processes share."""
+
 
 def main() -> None:
     """Run a command; what the user can fix is one paragraph and exit code 2."""
@@ -30,6 +34,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between third parties, not for users
     try:
+        _refuse_several(sys.argv[1:2])
         code = app(standalone_mode=False) or 0  # typer returns what it makes of Exit and Ctrl-C
     except EmmechError as error:
         typer.secho(f"{type(error).__name__}: {error}", err=True, fg="red")
@@ -42,6 +47,14 @@ def main() -> None:
     if code == 130:
         typer.echo("Stopped. Start again with the same arguments to go on.", err=True)
     sys.exit(code)
+
+
+def _refuse_several(command: list[str]) -> None:
+    """Refuse to do the same thing in several processes that would write the same files."""
+    if n_started() > 1 and command and command[0] not in SHARED:
+        raise EmmechError(
+            f"one process for '{command[0]}'", f"a launcher has started {n_started()}", "Start it by itself"
+        )
 
 
 def _usage_error() -> type[Exception]:

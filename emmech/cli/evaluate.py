@@ -1,5 +1,6 @@
 """The command that makes a reviewer's table: evaluate."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,9 @@ from emmech.cli.options import (
     check_detector,
     example,
     load,
+    show,
 )
+from emmech.errors import EmmechError
 
 app = typer.Typer()
 PAIRS = "two_choice"
@@ -48,6 +51,12 @@ def evaluate(
             "--with",
             help="repair:prefix and the like, graft:PART+PART, gates=FOLDER@SCALE, steer=FILE:LAYERS@COEFF, "
             "ablate=FILE, adapter@SCALE; repeatable.",
+        ),
+    ] = None,
+    served: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="base=MODEL@http://HOST:PORT/v1: sample an unpatched condition from a server; repeatable."
         ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",
@@ -93,6 +102,7 @@ def evaluate(
     """Every condition on the same questions, every metric with its interval, one table.
 
     Detectors and margins need no judge. Writes evaluation.json, report.html, answers/ and judged/ to --out.
+    Several processes or GPUs: accelerate launch --multi_gpu -m emmech evaluate ...
     """
     from emmech.data.bundled import BUNDLED
     from emmech.data.questions import load_questions
@@ -102,6 +112,7 @@ def evaluate(
     wanted = load_questions(questions) if persona is None else load_persona(persona)
     for name in detector or ():
         check_detector(name)
+    servers = _served(served or [])
     two = _pairs(f"persona_prompts_{persona}" if persona in traits() and pairs == PAIRS else pairs)
     if trigger is not None:
         wordings = triggers_of(trigger, wrong_trigger or ())
@@ -121,6 +132,7 @@ def evaluate(
         detectors=detector or defaults.DETECTORS,
         pairs=two,
         problems=BUNDLED["capability"].problems() if capability else (),
+        served=servers,
         judge_with=_judge(judge, judge_url),
         rubrics=rubric or ("alignment", "coherence"),
         max_new_tokens=max_new_tokens,
@@ -130,14 +142,26 @@ def evaluate(
         batch_size=batch_size,
         out=out,
     )
-    result.table()
-    typer.echo(f"Report: {out / 'report.html'}")
+    show(result, out, verbose)
 
 
 def _pairs(name: str) -> list[Any]:
     from emmech.data.pairs import load_pairs
 
     return [] if name == "none" else load_pairs(name)
+
+
+def _served(given: list[str]) -> dict[str, Any]:
+    """Servers by the condition that they answer for."""
+    found = {}
+    for one in given:
+        parts = re.fullmatch(r"([^=]+)=(.+)@(https?://.+)", one)
+        if parts is None:
+            raise EmmechError("CONDITION=MODEL@http://HOST:PORT/v1", f"got '{one}'", "Correct --served")
+        from emmech.piggyback.served import Served
+
+        found[parts[1]] = Served(parts[2], base_url=parts[3])
+    return found
 
 
 def _judge(name: str | None, url: str | None) -> Any:

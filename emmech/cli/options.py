@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from emmech.errors import EmmechError
+from emmech.sharding import processes
 
 
 class Quantization(StrEnum):
@@ -139,9 +140,10 @@ def load(
         allow_base_mismatch=allow_base_mismatch,
         trust_remote_code=trust_remote_code,
     )
-    for note in pair.notes:
+    is_main = processes().is_main
+    for note in pair.notes if is_main else ():
         typer.echo(f"note: {note}", err=True)
-    if verbose:
+    if verbose and is_main:
         typer.echo(f"loaded in {time.monotonic() - started:.1f} s, peak {peak_memory()}", err=True)
     return pair
 
@@ -156,6 +158,8 @@ def peak_memory() -> str:
 
 def show(result: Any, out: Path, verbose: bool) -> None:
     """Print a result's table, and where its report is."""
+    if not processes().is_main:
+        return
     result.table()
     if verbose:
         typer.echo(f"peak {peak_memory()}", err=True)

@@ -116,7 +116,8 @@ def patch_prefix(
     """The Piggyback test: patch K and V of chat segments between base and finetuned model.
 
     Writes responses.jsonl, summary.json and report.html to --out. A stopped run continues when it is
-    started again with the same arguments.
+    started again with the same arguments. Several processes or GPUs:
+    accelerate launch --multi_gpu -m emmech patch-prefix ...
     """
     from emmech.data.questions import load_questions
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from emmech.completions import Retrying as Retrying
 from emmech.errors import RunError
 from emmech.evaluation.endpoint_judge import Budget as Budget
 from emmech.evaluation.endpoint_judge import EndpointJudge as EndpointJudge
-from emmech.evaluation.endpoint_judge import Retrying as Retrying
 from emmech.evaluation.local_judge import LocalJudge as LocalJudge
 from emmech.evaluation.replies import MIN_MASS, STATUSES, Asked, Backend, JudgeError, Judgement, Number
 from emmech.evaluation.rubrics import Rubric, rubric

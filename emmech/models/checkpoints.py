@@ -25,6 +25,7 @@ from emmech.chat import DEFAULT, Chat, System, first_difference
 from emmech.errors import LoadError
 from emmech.models.adapters import Adapter, is_adapter
 from emmech.models.default import DEFAULT_MODEL, embedded_path
+from emmech.sharding import processes
 
 SideName = Literal["base", "finetuned"]
 Intervention = Callable[[nn.Module], AbstractContextManager]
@@ -133,8 +134,9 @@ def load_pair(
         finetuned: PEFT adapter or full checkpoint (hub id or folder), gates (folder), or a loaded
             module.
         dtype: ``"auto"`` is bfloat16 where the hardware multiplies it natively, else float32.
-        device: ``"auto"`` is the first GPU when there is one; ``"balanced"`` and the other values
-            of transformers' ``device_map`` spread a large model.
+        device: ``"auto"`` is the first GPU when there is one, and the process's own under ``accelerate
+            launch``; ``"balanced"`` and the other values of transformers' ``device_map`` spread a large
+            model.
         quantization: Load the weights in 4 or 8 bits with bitsandbytes.
         revision: Hub revision of the base; ``finetuned_revision`` likewise.
         tokenizer: A tokenizer to use instead of the base checkpoint's.
@@ -342,7 +344,8 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) -> dict[str, Any]:
-    chosen = device if device != "auto" else ("cuda:0" if torch.cuda.is_available() else "cpu")
+    own = processes().device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    chosen = own if device == "auto" else device
     spread = chosen in ("balanced", "balanced_low_0", "sequential")
     if not spread:
         _refuse_absent_device(chosen)

@@ -27,17 +27,18 @@ from emmech.evaluation.statistics import clustered_mean, paired_difference
 from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition, KVPatch, QuerySpan, ResidPatch
-from emmech.piggyback.running import Job, as_questions, render_rows, run
+from emmech.piggyback.running import Job, as_questions, open_folder, render_rows, run
+from emmech.piggyback.served import Served, ask_served, refuse_unservable
 from emmech.results import (
     SUMMARY,
     Record,
-    RunFolder,
     fingerprint,
     read_json,
     read_responses,
     versions,
     write_json,
 )
+from emmech.sharding import processes
 
 Direction = Literal["repair", "induce", "both"]
 
@@ -244,17 +245,26 @@ def run_conditions(
     batch_size: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
+    served: Mapping[str, Served] | None = None,
 ) -> PatchingResult:
     """Answers to ``questions`` under any conditions, summarised; ``patch_prefix`` with your own rows.
 
     ``kind`` and ``settings`` describe the run: they are recorded, and a folder is only continued
-    with the same ones.
+    with the same ones. ``served`` says which unpatched conditions a server answers for (then ``out``
+    is needed).
     """
+    served = dict(served or {})
+    refuse_unservable(conditions, served, pair.chat)
+    if served:
+        settings = {**settings, "served": {name: one.describe() for name, one in served.items()}}
     measure = find_detector(detector)  # an unknown one is refused before any work
     asked = as_questions(questions)
     rows = render_rows(pair, asked, decoding.max_new_tokens)
     arguments = run_arguments(kind, pair, asked, decoding, batch_size, settings)
-    folder = None if out is None else RunFolder(out, arguments)
+    folder = open_folder(out, arguments)
+    if served:
+        assert folder is not None
+        processes().from_main(lambda: ask_served(rows, served, decoding, pair.chat, folder, progress))
     records, checks = run(
         pair,
         [Job(tuple(rows), tuple(conditions))],
@@ -273,7 +283,7 @@ def run_conditions(
         "checks": {c.name: check for c in conditions if (check := _check(c.name, checks))},
     }
     result = PatchingResult(summary, records)
-    if out is not None:
+    if out is not None and processes().is_main:
         result.save(out)
     return result
 

@@ -18,6 +18,7 @@ from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Limits, answer_logits, auto_limits, plan_batches
 from emmech.piggyback.patching import Bench, Condition, PatchedBatch, refuse_impossible
 from emmech.results import Record
+from emmech.sharding import processes
 
 TOGETHER = 8
 """Most answers to one prompt that are scored from one reading of it."""
@@ -75,14 +76,17 @@ def likelihoods(
         return []
     groups = _by_prompt(answers)
     together = max(map(len, groups))
+    ours = processes()
     longest = max(len(one.answer) for one in answers)
-    limits = Limits(batch_size) if batch_size else auto_limits(pair.finetuned, 1)
+    limits = ours.from_main(lambda: Limits(batch_size) if batch_size else auto_limits(pair.finetuned, 1))
     # Logits over the vocabulary, in float32, a few times over: at most about 2 GiB.
     most = 2**29 // (4 * longest * pair.base.config.vocab_size)
     limits = Limits(max(1, min(limits.rows, most) // together), max(1, limits.slots // together))
     plans = plan_batches([group[0][1].prompt for group in groups], pair.base.config, limits, longest)
+    plans = ours.share(plans)
     bench, made = Bench(pair, seed), {}
-    with tqdm(total=len(answers) * len(conditions), disable=not progress, unit="answer") as bar:
+    total = sum(len(groups[number]) for plan in plans for number in plan.rows) * len(conditions)
+    with tqdm(total=total, disable=not (progress and ours.is_main), unit="answer") as bar:
         for plan in plans:
             chosen = [groups[number] for number in plan.rows]
             rows = [row for group in chosen for row, _ in group]
@@ -97,6 +101,7 @@ def likelihoods(
                 for row, score in zip(rows, scores, strict=True):
                     made[condition.name, row] = {"id": answers[row].id, "condition": condition.name, **score}
                 bar.update(len(rows))
+    made = ours.together(made)
     return [made[condition.name, row] for condition in conditions for row in range(len(answers))]
 
 

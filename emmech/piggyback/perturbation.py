@@ -27,8 +27,9 @@ from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding, row_generator
 from emmech.piggyback.experiment import PatchingResult, in_order, run_arguments, summarise
 from emmech.piggyback.patching import Condition
-from emmech.piggyback.running import Job, Row, as_questions, render_rows, run
-from emmech.results import Record, RunFolder
+from emmech.piggyback.running import Job, Row, as_questions, open_folder, render_rows, run
+from emmech.results import Record
+from emmech.sharding import processes
 
 SYSTEM_PROMPTS = {
     "system-brief": "Answer briefly.",
@@ -95,7 +96,7 @@ def perturb_prefix(
         "side": side,
     }
     arguments = run_arguments("perturb-prefix", pair, asked, decoding, batch_size, settings)
-    folder = None if out is None else RunFolder(out, arguments)
+    folder = open_folder(out, arguments)
     jobs = [Job(tuple(rows), (Condition("base", "base"), Condition("finetuned", "finetuned")))]
     neighbours = _Neighbours(pair, n_neighbours)
     for segment in segments:
@@ -127,7 +128,7 @@ def perturb_prefix(
     if measure.unit is not None:
         _add_best(summary["conditions"], records, measure)
     result = PatchingResult(summary, records)
-    if out is not None:
+    if out is not None and processes().is_main:
         result.save(out)
     return result
 

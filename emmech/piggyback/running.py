@@ -2,11 +2,13 @@
 
 A unit is one batch under one condition. The plan of batches depends only on the arguments, and a
 stopped run redoes units whole, so killed and continued it ends with the records of an unbroken run.
+Several processes share the units; their records are those of one process, in the same order.
 """
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,10 @@ from emmech.piggyback.patching import (
     restored_share,
 )
 from emmech.results import Record, RunFolder
+from emmech.sharding import processes
+
+Made = tuple[list[Record], Record | None]
+"""The records of a unit, and its manipulation check."""
 
 
 @dataclass(frozen=True)
@@ -118,33 +124,52 @@ def run(
     """
     for condition in {c.name: c for job in jobs for c in job.conditions}.values():
         refuse_impossible(pair, condition)
+    ours = processes()
     todo = _units(pair, jobs, decoding, batch_size, folder)
     # The manipulation check compares with both unpatched runs: done where they are run anyway.
     unpatched = {c.target for job in jobs for c in job.conditions if c.source is None}
     checked = {"base", "finetuned"} <= unpatched
-    done: dict[tuple, list[Record]] = {}
+    done: dict[tuple, Made] = {}
     if folder is not None:
-        done = _resume(folder, todo, decoding, checked)
-    records: list[Record] = [] if folder is None else folder.records
-    checks: list[Record] = [] if folder is None else folder.checks
+        done = ours.from_main(lambda: _resume(folder, todo, decoding, checked))
+    mine = ours.share([unit for unit in todo if (unit[3].name, unit[0]) not in done])
     bench = Bench(pair, decoding.seed)
-    total = sum(len(rows) for _, rows, _, _ in todo) * decoding.samples
-    bar = _Bar(total, sum(map(len, done.values())), progress)
+    done_before = sum(len(records) for records, _ in done.values())
+    total = done_before + sum(len(rows) for _, rows, _, _ in mine) * decoding.samples
+    bar = _Bar(total, done_before, progress and ours.is_main)
+    made: dict[tuple, Made] = {}
     with bar:
-        for key, rows, share, conditions in _by_batch(todo):
-            missing = [c for c in conditions if (c.name, key) not in done]
-            for condition, made, check in _run_batch(
-                bench, rows, share, missing, decoding, checked, bar.tokens
+        for key, rows, share, conditions in _by_batch(mine):
+            for condition, records, check in _run_batch(
+                bench, rows, share, conditions, decoding, checked, bar.tokens
             ):
                 if check is not None:
                     check |= {"unit": key}
-                if folder is None:
-                    records += made
-                    checks += [check] if check else []
-                else:
-                    folder.append(made, check)
-                bar.answers(len(made), condition.name)
+                if folder is not None:
+                    folder.append(records, check)
+                made[condition.name, key] = records, check
+                bar.answers(len(records), condition.name)
+    done |= ours.together(made)
+    every = [done[condition.name, key] for key, _, _, condition in todo]
+    records = [record for unit, _ in every for record in unit]
+    checks = [check for _, check in every if check is not None]
+    if folder is not None and (done_before or ours.count > 1):  # in the order of an unbroken run
+        ours.from_main(lambda: folder.keep(records, checks))
     return records, checks
+
+
+def open_folder(out: str | Path | None, arguments: Mapping[str, Any]) -> RunFolder | None:
+    """The run folder ``out``, opened by the main process; the others get files of their own in it.
+
+    Raises:
+        RunError: It cannot be written, or it holds a run with other arguments.
+    """
+    if out is None:
+        return None
+    ours = processes()
+    folder = ours.from_main(lambda: RunFolder(out, arguments))
+    folder.process = ours.rank
+    return folder
 
 
 def _units(
@@ -155,9 +180,14 @@ def _units(
     folder: RunFolder | None,
 ) -> list[tuple[str, list[Row], bool, Condition]]:
     """Every batch under every condition: (name of the batch, rows, layout, condition)."""
-    limits = auto_limits(pair.finetuned, decoding.samples) if batch_size is None else Limits(batch_size)
-    if folder is not None:  # free memory may differ when a stopped run goes on
-        limits = Limits(**folder.remember("limits", asdict(limits)))
+
+    def choose() -> Limits:
+        free = auto_limits(pair.finetuned, decoding.samples) if batch_size is None else Limits(batch_size)
+        if folder is None:
+            return free
+        return Limits(**folder.remember("limits", asdict(free)))
+
+    limits = processes().from_main(choose)  # free memory differs from device to device and start to start
     units = []
     for number, job in enumerate(jobs):
         prompts = [row.prompt for row in job.rows]
@@ -182,23 +212,22 @@ def _resume(
     units: list[tuple[str, list[Row], bool, Condition]],
     decoding: Decoding,
     checked: bool,
-) -> dict[tuple, list[Record]]:
+) -> dict[tuple, Made]:
     """Complete units of an earlier start, by (condition, batch); the rest is dropped from disk."""
     found: dict[tuple, Record] = {}
     for record in folder.records:
         found[record["condition"], record["row"], record["sample"]] = record
-    done = {}
+    checks = {(check["condition"], check["unit"]): check for check in folder.checks}
+    done: dict[tuple, Made] = {}
     for key, rows, _, condition in units:
         wanted = [(condition.name, row.name, sample) for row in rows for sample in range(decoding.samples)]
-        if all(one in found for one in wanted):
-            done[condition.name, key] = [found[one] for one in wanted]
-    checks = [c for c in folder.checks if (c["condition"], c["unit"]) in done]
-    patched = {(c.name, key) for key, _, _, c in units if checked and c.source is not None}
-    have = {(c["condition"], c["unit"]) for c in checks}
-    done = {key: made for key, made in done.items() if key not in patched or key in have}
+        check = checks.get((condition.name, key))
+        lacks_check = checked and condition.source is not None and check is None
+        if all(one in found for one in wanted) and not lacks_check:
+            done[condition.name, key] = [found[one] for one in wanted], check
     folder.keep(
-        (record for made in done.values() for record in made),
-        {(c["condition"], c["unit"]): c for c in checks}.values(),
+        [record for records, _ in done.values() for record in records],
+        [check for _, check in done.values() if check is not None],
     )
     return done
 

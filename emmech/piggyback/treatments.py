@@ -24,7 +24,8 @@ from emmech.piggyback.experiment import run_conditions
 from emmech.piggyback.likelihood import Answered, answered, likelihoods
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
-from emmech.results import Record, kept
+from emmech.results import Record
+from emmech.sharding import kept
 
 ANSWERS = "answers"
 """Subfolder with every answer and a page to read them side by side."""
