@@ -32,6 +32,7 @@ ALLOWED = {
     "report": SCIENCE | {"piggyback", "figures", "report_page"},
     "report_frontier": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
+    "report_sweep": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
@@ -47,7 +48,7 @@ ONLY_WHEN_CALLED = {
     "scorecard": {"report_evaluation"},
     "models": {"gates"},  # a pair can be a model with and without gates
     "gates": {"figures", "report_gates"},
-    "piggyback": {"figures", "report"},  # a result draws and saves itself
+    "piggyback": {"figures", "report", "report_sweep"},  # a result draws and saves itself
     "frontier": {"figures", "report_frontier"},
 }
 """What a part may besides import inside its functions."""

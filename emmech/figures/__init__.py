@@ -28,6 +28,7 @@ from emmech.figures.patching import (
     quantity,
     restored_curves,
 )
+from emmech.figures.sweep import sweep_finding, sweep_map
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
 
 __all__ = [
@@ -54,6 +55,8 @@ __all__ = [
     "readout_curves",
     "restored_curves",
     "steering_finding",
+    "sweep_finding",
+    "sweep_map",
     "transfer_finding",
     "transfer_matrix",
 ]
