@@ -6,7 +6,7 @@ write_sweep("runs/mine", result.to_json())
 from collections.abc import Sequence
 from pathlib import Path
 
-from emmech.figures import Row, Summary, sweep_finding, sweep_map
+from emmech.figures import Row, Summary, attribution_scatter, sweep_finding, sweep_map
 from emmech.figures.house import shown
 from emmech.report_page import PageTable, write_page
 
@@ -23,10 +23,13 @@ _RUN = (
     "provenance",
     "versions",
 )
-_KV = (
+_CACHE = (
     "While a transformer reads a prompt it stores a key and a value for each token, layer and head, and "
-    "what comes later is written from these. Here the entries of one cell come from the other model; the "
-    "question and a given answer are then read as usual, and the answer is scored."
+    "what comes later is written from these."
+)
+_KV = (
+    f"{_CACHE} Here the entries of one cell come from the other model; the question and a given answer are "
+    "then read as usual, and the answer is scored."
 )
 _RESID = (
     "After one block, the residual stream at some tokens becomes the other model's on the same text; all "
@@ -63,7 +66,32 @@ def write_sweep(folder: str | Path, summary: Summary) -> Path:
         [sweep_map(summary), cells_table(summary)],
         lead=lead,
         meanings=_MEANINGS,
-        provenance={name: summary[name] for name in _RUN},
+        provenance=_provenance(summary),
+    )
+
+
+def write_attribution(folder: str | Path, summary: Summary) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path."""
+    rank, sums_to = (summary[name] for name in ("spearman", "completeness"))
+    how = "one gradient" if summary["steps"] == 1 else f"{summary['steps']} gradients"
+    lead = [
+        _CACHE,
+        f"Each cell's effect is estimated from {how} per question at the {summary['target']} model's prefix "
+        f"cache, times the difference to the {summary['source']} model's.",
+        f"Rank correlation with exact patches of cells drawn at random: "
+        f"{'unknown' if rank is None else shown(rank)}. The attributions sum to "
+        f"{'an unknown share' if sums_to is None else shown(sums_to)} of what the whole prefix does. "
+        f"{len(summary['question_ids'])} questions, {summary['n_cells']} cells; "
+        f"gradients {summary['seconds_gradient']:.0f} s, exact patches {summary['seconds']:.0f} s.",
+        *summary["notes"],
+    ]
+    return write_page(
+        folder,
+        sweep_finding(summary),
+        [sweep_map(summary), attribution_scatter(summary), cells_table(summary)],
+        lead=lead,
+        meanings=_MEANINGS,
+        provenance=_provenance(summary),
     )
 
 
@@ -72,12 +100,24 @@ def cells_table(summary: Summary) -> PageTable:
     known = [row for row in summary["rows"] if row["effect"] is not None]
     rows = sorted(known, key=lambda row: -abs(row["effect"]))[:N_STRONGEST]
     axes = [*summary["axes"], *(["token"] if "position" in summary["axes"] else [])]
+    exact = "exact_effect" in rows[0] if rows else False
     return PageTable(
-        (*axes, "effect", "difference", "questions"),
-        [[*_places(row, axes), _effect(row), _interval(row), row["n"]] for row in rows],
+        (*axes, "effect", *(["exact"] if exact else []), "difference", "questions"),
+        [
+            [*_places(row, axes), _effect(row), *([_exact(row)] if exact else []), _interval(row), row["n"]]
+            for row in rows
+        ],
         "Strongest cells",
         _MEANINGS["[ ]"],
     )
+
+
+def _provenance(summary: Summary) -> dict[str, object]:
+    return {name: summary[name] for name in _RUN if name in summary}
+
+
+def _exact(row: Row) -> str:
+    return "" if row["exact_effect"] is None else shown(row["exact_effect"])
 
 
 def _places(row: Row, axes: Sequence[str]) -> list[str]:

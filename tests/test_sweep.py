@@ -296,7 +296,7 @@ def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch)
     stored = []
     store = Replay.store
     monkeypatch.setattr(Replay, "store", lambda self, items: stored.append(len(items)) or store(self, items))
-    monkeypatch.setattr(streaming, "_budget", lambda *_: streaming.Budget(16, 3))
+    monkeypatch.setattr(streaming, "fitting", lambda *_: streaming.Budget(16, 3))
     chunked = sweep_kv(pair, PAIRS, over=("layer", "kv"), progress=False)
     np.testing.assert_allclose(chunked.scores, whole.scores, atol=1e-5)
     assert stored == [3, 3, 3, 1]

@@ -28,7 +28,7 @@ from emmech.figures.patching import (
     quantity,
     restored_curves,
 )
-from emmech.figures.sweep import sweep_finding, sweep_map
+from emmech.figures.sweep import attribution_scatter, set_sizes, sweep_finding, sweep_map
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Row",
     "Summary",
     "as_estimate",
+    "attribution_scatter",
     "condition_bars",
     "dose_response",
     "early_stopping",
@@ -54,6 +55,7 @@ __all__ = [
     "quantity",
     "readout_curves",
     "restored_curves",
+    "set_sizes",
     "steering_finding",
     "sweep_finding",
     "sweep_map",

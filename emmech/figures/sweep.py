@@ -6,7 +6,19 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from emmech.figures.house import METHODS, Row, Summary, add_band, bars, finished, plain, shown
+from emmech.figures.house import (
+    COLORS,
+    GRID,
+    METHODS,
+    SYMBOLS,
+    Row,
+    Summary,
+    add_band,
+    bars,
+    finished,
+    plain,
+    shown,
+)
 
 CHANGE = ((0.0, "#67A9CF"), (0.5, "#F2F2F2"), (1.0, "#F1A340"))
 """Blue is against the whole patch, orange with it."""
@@ -44,7 +56,38 @@ def sweep_finding(summary: Summary) -> str:
         row = min(known, key=lambda row: row["effect"])
         return f"{metric}: all but {_where(row, summary)} do {shown(row['effect'])} of what the prefix does"
     row = max(known, key=lambda row: abs(row["effect"]))
+    if summary["mode"] == "attribution":
+        return f"{metric}: {_where(row, summary)} has the largest attribution, {shown(row['effect'])}"
     return f"{metric}: {_where(row, summary)} alone does {shown(row['effect'])} of what the prefix does"
+
+
+def attribution_scatter(summary: Summary) -> go.Figure:
+    """Estimated against exact effect of the cells that were patched."""
+    fig = go.Figure()
+    rows = [row for row in summary["rows"] if row["exact_effect"] is not None]
+    for number, (name, sampled) in enumerate((("drawn at random", True), ("largest attribution", False))):
+        mine = [row for row in rows if row["sampled"] == sampled]
+        fig.add_scatter(
+            x=[row["effect"] for row in mine],
+            y=[row["exact_effect"] for row in mine],
+            mode="markers",
+            marker={"color": METHODS[1 - number], "symbol": SYMBOLS[number], "size": 8},
+            hovertext=[_hover(row, summary) for row in mine],
+            hoverinfo="text",
+            name=name,
+        )
+    ends = [value for row in rows for value in (row["effect"], row["exact_effect"])] or [0, 1]
+    line = {"x": [min(ends), max(ends)], "y": [min(ends), max(ends)], "line": {"color": GRID, "dash": "dash"}}
+    fig.add_scatter(**line, mode="lines", hoverinfo="skip", showlegend=False)
+    fig.update_xaxes(title="attribution (share of the whole prefix)")
+    fig.update_yaxes(title="exact effect (share of the whole prefix)")
+    rank = summary["spearman"]
+    n = sum(row["sampled"] for row in rows)
+    title = "Exact patches of too few cells to compare"
+    if rank is not None:
+        title = f"Attribution ranks cells as exact patches do: Spearman {shown(rank)}, n = {n}"
+    caption = "The correlation is over the cells drawn at random. On the dashed line both are equal."
+    return finished(fig, title, caption, 380)
 
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
@@ -156,6 +199,7 @@ def _caption(summary: Summary) -> str:
         "leave_one_out": "All but one cell",
         "cumulative_up": "Each layer and all below",
         "cumulative_down": "Each layer and all above",
+        "attribution": "Estimates from gradients",
     }[summary["mode"]]
     return (
         f"{what} of the {summary['target']} model from the {summary['source']}; effect 0 as unpatched "
@@ -198,3 +242,38 @@ def _hover(row: Row, summary: Summary) -> str:
     )
     change = f"{shown(row['difference'])} in {plain(summary['metric'])}"
     return f"{_where(row, summary)}<br>effect {effect}{interval}<br>{change}, n = {row['n']}"
+
+
+def set_sizes(summary: Summary) -> go.Figure:
+    """The effect of the first cells in the order of attribution, and of as many random ones."""
+    fig = make_subplots(1, 1)
+    curve = summary["curve"]
+    points = list(zip(curve["sizes"], curve["random"], strict=True))
+    add_band(fig, points, COLORS["control"], 1)
+    lines = (
+        ("in the order of attribution", curve["greedy"], COLORS["repair"]),
+        ("random sets", [row["mean"] for row in curve["random"]], COLORS["control"]),
+    )
+    for name, effects, color in lines:
+        fig.add_scatter(
+            x=curve["sizes"],
+            y=effects,
+            mode="lines+markers",
+            line={"color": color, "width": 2},
+            hovertext=[
+                f"{name}<br>{n} cells: {shown(e)}" for n, e in zip(curve["sizes"], effects, strict=True)
+            ],
+            hoverinfo="text",
+            name=name,
+        )
+    fig.add_hline(y=summary["share"], line={"color": GRID, "dash": "dash"})
+    fig.update_xaxes(type="log", title="cells patched")
+    fig.update_yaxes(title="effect (1 as the whole prefix)")
+    wanted = f"{summary['share']:.0%} of what the prefix does"
+    title = f"No set in this order does {wanted}"
+    if summary["size"] is not None:
+        title = f"{summary['size']} of {summary['n_cells']} cells do {wanted}"
+    caption = (
+        f"Every point was patched exactly. The band holds 95% of {points[0][1]['n_sets']} random orders."
+    )
+    return finished(fig, plain(title), caption, 360)

@@ -103,6 +103,26 @@ class Patch:
 NOTHING, EVERYTHING = Patch(()), Patch((Cell(),))
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Any entries at all, as one mask: a patch made of many cells."""
+
+    chosen: Bool[np.ndarray, "layer kv kv_head position"]
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell], shape: Shape) -> "Entries":
+        """The entries of any of these cells."""
+        chosen = np.zeros((shape.n_layers, len(KV), shape.n_kv_heads, shape.n_positions), dtype=bool)
+        for cell in cells:
+            for layer in range(shape.n_layers) if cell.layer is None else cell.layer:
+                chosen[layer] |= cell.mask(layer, shape)
+        return cls(chosen)
+
+    def mask(self, layer: int, _: Shape) -> Bool[np.ndarray, "kv kv_head position"] | None:
+        """True on the entries to replace in one layer; None where there are none."""
+        return self.chosen[layer] if self.chosen[layer].any() else None
+
+
 def grid(over: Any, shape: Shape) -> list[Cell]:
     """The cells that ``over`` names: axes for their product, several such for a union, or cells.
 

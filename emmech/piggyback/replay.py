@@ -28,7 +28,7 @@ from emmech.models.checkpoints import ModelPair, Side, SideName
 from emmech.models.generation import reading
 from emmech.models.kv_cache import KeysValues, PrefixCache, is_hybrid
 from emmech.models.late_start import decoder_blocks, recorded_blocks, starting_at
-from emmech.piggyback.cells import EVERYTHING, NOTHING, Patch, Shape
+from emmech.piggyback.cells import EVERYTHING, NOTHING, Entries, Patch, Shape
 from emmech.piggyback.donors import prefix_donor
 from emmech.piggyback.scores import Item, Metric, Read
 
@@ -119,7 +119,7 @@ class Replay:
             states.append(torch.stack([state.to(self.recipient.device) for state in found]))
         return Stored(torch.stack(states) if states else None, torch.stack(scores))
 
-    def start(self, patch: Patch) -> tuple[int, int]:
+    def start(self, patch: Patch | Entries) -> tuple[int, int]:
         """The lowest block whose input or cache is not that of a stored run, and which run that is.
 
         The run is 0 for unpatched, 1 for fully patched. ``n_layers + 1`` means that the patch is one of
@@ -138,7 +138,7 @@ class Replay:
                 break
         return (none, 0) if none >= everything else (everything, 1)
 
-    def edited(self, patches: Sequence[Patch], start: int) -> KeysValues:
+    def edited(self, patches: Sequence[Patch | Entries], start: int) -> KeysValues:
         """The prefix cache of one row per patch, at the layers from ``start`` on that any patch changes."""
         found: KeysValues = {}
         for layer in range(start, self.shape.n_layers):
@@ -160,7 +160,7 @@ class Replay:
 
     def run(
         self,
-        patches: Sequence[Patch],
+        patches: Sequence[Patch | Entries],
         items: Int[Tensor, " row"],
         start: int,
         stored: Stored,

@@ -161,6 +161,8 @@ def _answered(
     return pair.chat.answered([*turns, {"role": "assistant", "content": answer}])
 
 
+PROMPTS = Metric("answers", _prompts, lambda read: read.logits.new_zeros(read.n_rows))
+"""Renders questions and measures nothing: for answers that are generated."""
 METRICS = {
     "margin": Metric("margin", _margin, log_probability),
     "target": Metric("target", _target, log_probability),

@@ -72,14 +72,14 @@ def score_patches(
         PatchError: One row does not fit in memory.
     """
     started = time.monotonic()
-    budget = _budget(replay, rows)
+    budget = fitting(replay, rows)
     if folder is not None:  # free memory may differ when a stopped run goes on
         budget = Budget(**folder.remember("budget", asdict(budget)))
     stream = _Stream(replay, patches, budget, None if folder is None else folder.path / SCORES, progress)
     with torch.no_grad(), replay.merged(), stream.bar:
         for number, items in enumerate(stream.chunks):
             stream.run_chunk(number, items)
-    weights = _weights(replay)
+    weights = question_weights(replay)
     return Scored(
         *(stream.stored @ weights),
         stream.scores @ weights,
@@ -204,31 +204,32 @@ class _Stream:
         self.bar.update(self._rows_done // n - before // n)
 
 
-def _budget(replay: Replay, rows: int | None) -> Budget:
-    """Batches that keep the processor busy within a quarter of the free memory; states within another."""
+def fitting(replay: Replay, rows: int | None, *, backward: bool = False) -> Budget:
+    """Batches that keep the processor busy within a quarter of the free memory; states within another.
+
+    ``backward`` keeps what every block computes until the gradient has come back through it.
+    """
     side, config = replay.recipient, replay.recipient.config
-    width = replay.width
     n_read = max(item.n_read for item in replay.items)
     if side.device.type == "cuda":
         free, tokens = torch.cuda.mem_get_info(side.device)[0], GPU_TOKENS
     else:
         free, tokens = psutil.virtual_memory().available, CPU_TOKENS
-    size = side.dtype.itemsize
+    size, n_layers = side.dtype.itemsize, replay.shape.n_layers
     d_kv = 2 * replay.shape.n_kv_heads * replay.own[0][0].shape[-1]
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_row = size * width * (8 * config.hidden_size + 4 * inner)
+    per_block = size * replay.width * (8 * config.hidden_size + 4 * inner)
     # Expanded to all heads and joined, keys and values of one layer live a few times at once.
-    per_row += size * 8 * (replay.shape.n_positions + width) * d_kv
-    per_row += 12 * n_read * config.vocab_size
-    per_item = 2 * size * replay.shape.n_layers * width * config.hidden_size
-    fits = int(0.25 * free // per_row)
+    per_block += size * 8 * (replay.shape.n_positions + replay.width) * d_kv
+    per_row = per_block * (n_layers if backward else 1) + 12 * n_read * config.vocab_size
+    per_item = 2 * size * n_layers * replay.width * config.hidden_size
     return Budget(
-        rows or max(1, min(tokens // width, fits)),
+        rows or max(1, min(tokens // replay.width, int(0.25 * free // per_row))),
         max(1, min(len(replay.items), int(0.25 * free // per_item))),
     )
 
 
-def _weights(replay: Replay) -> Float[np.ndarray, "item question"]:
+def question_weights(replay: Replay) -> Float[np.ndarray, "item question"]:
     """Sums items to questions, each with its weight."""
     weights = np.zeros((len(replay.items), len(replay.question_ids)))
     place = {name: number for number, name in enumerate(replay.question_ids)}

@@ -85,22 +85,33 @@ def sweep_arguments(replay: Replay, where: list[Record], rows: int | None) -> Re
 
 
 def sweep_result(replay: Replay, arguments: Record, where: list[Record], scored: Scored) -> SweepResult:
-    """The result of a finished sweep, each cell with its token's text."""
-    texts = replay.prompt.token_texts[: replay.prompt.n_prefix]
+    """The result of a finished sweep."""
+    summary = run_summary(replay, arguments, scored)
+    return SweepResult(summary, labelled(replay, where), scored.unpatched, scored.full, scored.patched)
+
+
+def labelled(replay: Replay, where: list[Record]) -> list[Record]:
+    """Coordinates along the axes that are used, and the text of the token at a position."""
     used = [axis for axis in where[0] if any(cell[axis] is not None for cell in where)]
     cells = [{axis: cell[axis] for axis in used} for cell in where]
     if "position" in used:
         for cell in cells:
             at = cell["position"]
-            cell["token"] = texts[at] if isinstance(at, int) else None
-    summary = {
+            cell["token"] = replay.prompt.token_texts[at] if isinstance(at, int) else None
+    return cells
+
+
+def run_summary(replay: Replay, arguments: Record, scored: Scored) -> Record:
+    """What a result says of its run."""
+    notes = list(replay.pair.notes)
+    if replay.recipient.dtype.itemsize < 4:
+        dtype = str(replay.recipient.dtype).removeprefix("torch.")
+        notes.append(f"Scores are in {dtype}: small effects are its rounding. Load the pair in float32.")
+    return {
         **arguments,
-        "axes": used,
-        "tokens": list(texts),
-        "n_layers": replay.shape.n_layers,
+        "tokens": list(replay.prompt.token_texts[: replay.prompt.n_prefix]),
         "question_ids": replay.question_ids,
-        "notes": list(replay.pair.notes),
+        "notes": notes,
         "seconds": scored.seconds,
         "late_start": scored.late_start,
     }
-    return SweepResult(summary, cells, scored.unpatched, scored.full, scored.patched)

@@ -59,10 +59,7 @@ class SweepResult:
             "effect_high": effect_high,
             "n": self.scores.shape[1],
         }
-        where = pd.DataFrame(list(self.cells), dtype=object)  # in which None stays None
-        whole = [axis for axis in where if all(isinstance(at, int) for at in where[axis])]
-        where = where.astype(dict.fromkeys(whole, int))
-        return pd.concat([where, pd.DataFrame(columns)], axis=1)
+        return pd.concat([where_frame(self.cells), pd.DataFrame(columns)], axis=1)
 
     def figure(self) -> Any:
         """The map of effects as a plotly figure."""
@@ -72,15 +69,11 @@ class SweepResult:
 
     def to_json(self) -> Record:
         """The summary with one row per cell, None for nan."""
-        rows = self.frame().astype(object)
-        rows = rows.where(rows.notna(), None).to_dict("records")
-        whole = dict(zip(("mean", "low", "high"), _column(self.full - self.unpatched), strict=True))
         return {
             **self.summary,
-            "unpatched": float(self.unpatched.mean()),
-            "full": float(self.full.mean()),
-            "whole": whole,
-            "rows": rows,
+            **reference(self.unpatched, self.full),
+            "axes": [axis for axis in self.cells[0] if axis != "token"],
+            "rows": records(self.frame()),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -90,7 +83,7 @@ class SweepResult:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: getattr(self, name).tolist() for name in ("unpatched", "full", "scores")}
-        write_json(folder / SWEEP, {**self.to_json(), "values": values})
+        write_json(folder / SWEEP, {"summary": self.summary, "cells": self.cells, "values": values})
         replace_text(folder / FRAME, self.frame().to_csv(index=False))
         return write_sweep(folder, self.to_json())
 
@@ -101,18 +94,44 @@ class SweepResult:
         Raises:
             RunError: There is none.
         """
-        path = Path(folder) / SWEEP
-        found = read_json(path)
-        if "values" not in found:
-            raise RunError(f"a sweep in '{path}'", "it holds something else", "Point to a finished sweep")
-        values = {name: np.array(value) for name, value in found.pop("values").items()}
-        rows = found.pop("rows")
-        cells = [{name: row[name] for name in row if name not in _ESTIMATES} for row in rows]
-        summary = {name: found[name] for name in found if name not in ("unpatched", "full", "whole")}
-        return cls(summary, cells, **values)
+        found = read_values(Path(folder) / SWEEP)
+        return cls(found["summary"], found["cells"], **found["values"])
 
 
-_ESTIMATES = ("score", "difference", "low", "high", "effect", "effect_low", "effect_high", "n")
+def where_frame(cells: Sequence[Record]) -> pd.DataFrame:
+    """Coordinates of cells as columns; None stays None."""
+    where = pd.DataFrame(list(cells), dtype=object)
+    whole = [axis for axis in where if all(isinstance(at, int) for at in where[axis])]
+    return where.astype(dict.fromkeys(whole, int))
+
+
+def records(frame: pd.DataFrame) -> list[Record]:
+    """The rows of a frame, None for nan."""
+    rows = frame.astype(object)
+    return rows.where(rows.notna(), None).to_dict("records")
+
+
+def reference(unpatched: Float[np.ndarray, " question"], full: Float[np.ndarray, " question"]) -> Record:
+    """What cells are compared with: mean scores, and their difference with its interval."""
+    found = (float(one[0]) for one in mean_and_interval((full - unpatched)[None]))
+    whole = [None if np.isnan(one) else one for one in found]
+    return {
+        "unpatched": float(unpatched.mean()),
+        "full": float(full.mean()),
+        "whole": dict(zip(("mean", "low", "high"), whole, strict=True)),
+    }
+
+
+def read_values(path: Path) -> Record:
+    """A saved result, its values as arrays.
+
+    Raises:
+        RunError: The file is none.
+    """
+    found = read_json(path)
+    if "values" not in found:
+        raise RunError(f"a result in '{path}'", "it holds something else", "Point to a finished run")
+    return found | {"values": {name: np.array(value) for name, value in found["values"].items()}}
 
 
 def mean_and_interval(
@@ -139,9 +158,3 @@ def share_and_interval(
     around = share[:, None] + (parts - share[:, None] * whole) / whole.mean()
     _, low, high = mean_and_interval(around)
     return share, low, high
-
-
-def _column(values: Float[np.ndarray, " question"]) -> list[float | None]:
-    """Mean, low and high of one row of values; None for nan."""
-    found = (float(one[0]) for one in mean_and_interval(values[None]))
-    return [None if np.isnan(one) else one for one in found]
