@@ -3,14 +3,19 @@
 write_sweep("runs/mine", result.to_json())
 """
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from emmech.figures import Row, Summary, attribution_scatter, sweep_finding, sweep_map
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from emmech.figures import Row, Summary, attribution_scatter, set_sizes, sweep_finding, sweep_map
 from emmech.figures.house import shown
 from emmech.report_page import PageTable, write_page
 
-N_STRONGEST = 15
+N_STRONGEST, N_IN_TERMINAL = 15, 8
 _RUN = (
     "kind",
     "metric",
@@ -70,8 +75,8 @@ def write_sweep(folder: str | Path, summary: Summary) -> Path:
     )
 
 
-def write_attribution(folder: str | Path, summary: Summary) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path."""
+def write_attribution(folder: str | Path, summary: Summary, minimal: Summary | None = None) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path; ``minimal`` is of a ``MinimalSet``."""
     rank, sums_to = (summary[name] for name in ("spearman", "completeness"))
     how = "one gradient" if summary["steps"] == 1 else f"{summary['steps']} gradients"
     lead = [
@@ -83,16 +88,38 @@ def write_attribution(folder: str | Path, summary: Summary) -> Path:
         f"{'an unknown share' if sums_to is None else shown(sums_to)} of what the whole prefix does. "
         f"{len(summary['question_ids'])} questions, {summary['n_cells']} cells; "
         f"gradients {summary['seconds_gradient']:.0f} s, exact patches {summary['seconds']:.0f} s.",
+        *([minimal["text"]] if minimal else []),
         *summary["notes"],
     ]
     return write_page(
         folder,
         sweep_finding(summary),
-        [sweep_map(summary), attribution_scatter(summary), cells_table(summary)],
+        [
+            sweep_map(summary),
+            attribution_scatter(summary),
+            cells_table(summary),
+            *([set_sizes(minimal)] if minimal else []),
+        ],
         lead=lead,
         meanings=_MEANINGS,
         provenance=_provenance(summary),
     )
+
+
+def finding_text(summary: Summary) -> str:
+    """The title of the page as plain text."""
+    return html.unescape(sweep_finding(summary))
+
+
+def terminal_table(summary: Summary) -> Table:
+    """The cells with the largest effect, for the terminal."""
+    page = cells_table(summary)
+    table = Table(title=Text(finding_text(summary)), box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in page.headings:
+        table.add_column(Text(name), justify="right" if name in ("effect", "exact", "difference") else "left")
+    for row in page.rows[:N_IN_TERMINAL]:
+        table.add_row(*(Text(str(value)) for value in row))
+    return table
 
 
 def cells_table(summary: Summary) -> PageTable:

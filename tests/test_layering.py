@@ -38,7 +38,8 @@ ALLOWED = {
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
-    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"},
+    | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
+    | {"report_sweep"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }

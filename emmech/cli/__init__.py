@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from emmech.cli import data, evaluate, evaluation, gates, patching, training
+from emmech.cli import data, evaluate, evaluation, gates, patching, sweep, training
 from emmech.errors import EmmechError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, training, evaluate, evaluation, data):
+for part in (patching, sweep, training, evaluate, evaluation, data):
     app.add_typer(part.app)
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 

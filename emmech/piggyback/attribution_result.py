@@ -90,6 +90,14 @@ class AttributionResult:
         }
         return pd.concat([where_frame(self.cells), pd.DataFrame(columns)], axis=1)
 
+    def table(self) -> None:
+        """Print the strongest cells."""
+        from rich.console import Console
+
+        from emmech.report_sweep import terminal_table
+
+        Console().print(terminal_table(self.to_json()))
+
     def figure(self) -> Any:
         """The map of attributions as a plotly figure."""
         from emmech.figures import sweep_map
@@ -108,8 +116,11 @@ class AttributionResult:
             "rows": records(self.frame()),
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``attribution.json``, ``cells.csv`` and ``report.html``; returns the report."""
+    def save(self, folder: str | Path, minimal: Mapping[str, Any] | None = None) -> Path:
+        """Write ``attribution.json``, ``cells.csv`` and ``report.html``; returns the report.
+
+        The report also shows ``minimal``, the summary of a ``MinimalSet``, where there is one.
+        """
         from emmech.report_sweep import write_attribution
 
         folder = Path(folder)
@@ -117,7 +128,7 @@ class AttributionResult:
         values = {name: getattr(self, name).tolist() for name in _VALUES}
         write_json(folder / ATTRIBUTION, {"summary": self.summary, "cells": self.cells, "values": values})
         replace_text(folder / FRAME, self.frame().to_csv(index=False))
-        return write_attribution(folder, self.to_json())
+        return write_attribution(folder, self.to_json(), minimal)
 
     @classmethod
     def load(cls, folder: str | Path) -> "AttributionResult":

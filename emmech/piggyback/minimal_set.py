@@ -66,11 +66,15 @@ class MinimalSet:
 
         return set_sizes(self.summary)
 
+    def to_json(self) -> Record:
+        """The summary and its text."""
+        return {**self.summary, "text": self.text()}
+
     def save(self, folder: str | Path) -> Path:
         """Write ``minimal.json``; returns its path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / MINIMAL, dict(self.summary))
+        write_json(folder / MINIMAL, self.to_json())
         return folder / MINIMAL
 
     @classmethod
@@ -84,7 +88,7 @@ class MinimalSet:
         found = read_json(path)
         if found.get("kind") != "minimal-set":
             raise RunError(f"a minimal set in '{path}'", "it holds something else", "Point to a finished run")
-        return cls(found)
+        return cls({name: found[name] for name in found if name != "text"})
 
 
 def minimal_set(

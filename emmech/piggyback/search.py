@@ -62,7 +62,7 @@ def search(
     detector: str = defaults.DETECTOR,
     bands: int = 4,
     stretches: int = 3,
-    threshold: float = 0.2,
+    threshold: float | int = 0.2,
     most: int = 60,
     direction: SweepDirection | str = "repair",
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
@@ -111,7 +111,7 @@ def search(
 
 
 def _refine(
-    asker: "_Asker", measure: Any, first: Sequence[Cell], threshold: float, most: int, bar: tqdm
+    asker: "_Asker", measure: Any, first: Sequence[Cell], threshold: float | int, most: int, bar: tqdm
 ) -> list[Record]:
     """Patch blocks, and the halves of those that tell, the strongest first."""
     unpatched, full = (asker.values(patch, measure) for patch in (NOTHING, EVERYTHING))

@@ -61,6 +61,14 @@ class SweepResult:
         }
         return pd.concat([where_frame(self.cells), pd.DataFrame(columns)], axis=1)
 
+    def table(self) -> None:
+        """Print the strongest cells."""
+        from rich.console import Console
+
+        from emmech.report_sweep import terminal_table
+
+        Console().print(terminal_table(self.to_json()))
+
     def figure(self) -> Any:
         """The map of effects as a plotly figure."""
         from emmech.figures import sweep_map
