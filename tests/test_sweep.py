@@ -214,8 +214,8 @@ def test_blocks_below_a_patch_are_not_run_and_the_scores_are_those_of_full_passe
         handle.remove()
     np.testing.assert_allclose(late.patched, full.patched, atol=1e-5)
     assert late.late_start and not full.late_start
-    # Two stored runs, two passes to verify (one from layer 1), a batch per layer from its layer up.
-    assert n_late == [2 + 1 + 1, 2 + 2 + 2, 2 + 2 + 3]
+    # Two stored runs, three passes to verify (one from layer 1), a batch per layer from its layer up.
+    assert n_late == [2 + 2 + 1, 2 + 3 + 2, 2 + 3 + 3]
     assert [n - m for n, m in zip(n_calls, n_late, strict=True)] == [2 + 3] * 3
 
 
@@ -223,11 +223,10 @@ def test_a_model_that_hands_something_past_its_blocks_is_run_in_full(make_pair):
     """The last block also reads what the first one returned: left-out blocks would break it."""
     pair = make_pair("mistral", "full")
     blocks = replay_of(pair).blocks
-    kept = []
+    kept = []  # from pass to pass, as a module would keep it: a left-out block leaves the last one's
     handles = [
-        pair.finetuned.module.register_forward_pre_hook(lambda *_: kept.clear()),
         blocks[0].register_forward_hook(lambda _, __, output: kept.append(output)),
-        blocks[2].register_forward_hook(lambda _, __, output: output + kept[0] if kept else output),
+        blocks[2].register_forward_hook(lambda _, __, output: output + kept[-1]),
     ]
     try:
         replay = replay_of(pair)
@@ -285,7 +284,7 @@ def test_batches_are_bounded_and_larger_grids_only_bring_more_of_them(make_pair)
         n_rows = len(cells) * len(replay.items)
         most[over] = max(rows * width for rows, width in sizes)
         assert max(rows for rows, _ in sizes) == 24
-        assert n_rows / 24 <= len(sizes) <= n_rows / 24 + 5
+        assert n_rows / 24 <= len(sizes) <= n_rows / 24 + 6
     handle.remove()
     assert len(set(most.values())) == 1
 

@@ -13,16 +13,14 @@ all cells at once the two are the same.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from emmech.chat import PADDING, Prompt
-from emmech.errors import DataError, PatchError
+from emmech.errors import PatchError
 from emmech.models.adapters import merged
 from emmech.models.checkpoints import ModelPair, Side, SideName
 from emmech.models.generation import reading
@@ -30,29 +28,10 @@ from emmech.models.kv_cache import KeysValues, PrefixCache, is_hybrid
 from emmech.models.late_start import decoder_blocks, recorded_blocks, starting_at
 from emmech.piggyback.cells import EVERYTHING, NOTHING, Entries, Patch, Shape
 from emmech.piggyback.donors import prefix_donor
-from emmech.piggyback.scores import Item, Metric, Read
+from emmech.piggyback.scores import Metric, Read
+from emmech.piggyback.texts import Texts, one_prefix, question_ids, read_only, texts_of
 
 SweepDirection = Literal["repair", "induce"]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What follows the prefix, padded on the right."""
-
-    ids: Int[Tensor, "row slot"]
-    read: Bool[Tensor, "row slot"]
-    """True where the logits are read."""
-    answer: Int[Tensor, "row slot"]
-    """The answer's token that is predicted there, or 0."""
-    parts: Int[Tensor, "row slot"]
-    """As ``Batch.parts``."""
-    lengths: Int[Tensor, " row"]
-
-    def take(self, rows: Int[Tensor, " row"]) -> "Texts":
-        """These rows, as wide as the longest of them needs."""
-        width = int(self.lengths[rows].max())
-        cut = (part[rows, :width] for part in (self.ids, self.read, self.answer, self.parts))
-        return Texts(*cut, self.lengths[rows])
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ class Replay:
         """Render the questions and run both prefixes.
 
         Raises:
-            PatchError: Recurrent layers, or an unknown direction.
+            PatchError: Recurrent layers, layers of different shapes, or an unknown direction.
             DataError: Questions with different prefixes, or with one id twice.
         """
         if direction not in ("repair", "induce"):
@@ -83,13 +62,12 @@ class Replay:
         self.pair, self.metric = pair, metric
         self.recipient, self.donor = pair.side(target), pair.side(pair.other(target))
         self.items = metric.items(pair, questions)
-        self.question_ids = _question_ids(self.items, len(questions))
-        self.prompt = _one_prefix(self.items)
+        self.question_ids = question_ids(self.items, len(questions))
+        self.prompt = one_prefix(self.items)
         self.own, self.other = (
             prefix_donor(side, self.prompt.prefix_ids).keys_values for side in (self.recipient, self.donor)
         )
-        key = self.own[0][0]
-        self.shape = Shape(len(self.own), key.shape[2], key.shape[1])
+        self.shape = _shape(self.own, self.recipient.config.num_hidden_layers)
         self.differs = _differs(self.own, self.other)
         self.texts = texts_of(self.items, self.recipient.device)
         self.blocks = decoder_blocks(self.recipient.module, self.shape.n_layers)
@@ -202,27 +180,30 @@ class Replay:
     ) -> Float[Tensor, " row"]:
         """The metric's score of each row."""
         texts = self.texts.take(items)
-        row = texts.read.nonzero()[:, 0]
+        row, tokens = (
+            part.to(logits.device) for part in (texts.read.nonzero()[:, 0], texts.answer[texts.read])
+        )
         donor = None
         if self.donor_logits is not None:
             donor = torch.cat([self.donor_logits[item] for item in items.tolist()]).to(logits)
-        read = Read(logits, texts.answer[texts.read], row, len(items), donor)
+        read = Read(logits, tokens, row, len(items), donor)
         return self.metric.score(read)
 
-    def verify(self, stored: Stored, items: Int[Tensor, " item"]) -> bool:
-        """Whether passes over two of the stored items may leave out the lower half of the blocks.
+    def verify(self, items: Int[Tensor, " item"]) -> bool:
+        """Whether passes over two of these items may leave out the lower half of the blocks.
 
-        They must give the logits of the full pass, up to rounding.
+        They must give the logits of the full pass, also after a pass with other states: nothing that a
+        left-out block would have handed on beside its output may be missed.
         """
         start = self.shape.n_layers // 2
-        if stored.states is None or start == 0:
+        if self.blocks is None or start == 0:
             return False
         items = items[:2]
-        edited = self.edited([EVERYTHING] * len(items), start)
-        width = int(self.texts.lengths[items].max())
-        whole = self.logits(items, edited)
-        late = self.logits(items, edited, start, stored.states[0, start - 1, : len(items), :width])
-        return agree(whole, late)
+        edited, elsewhere = (self.edited([EVERYTHING] * len(items), first) for first in (start, 0))
+        with recorded_blocks(self.blocks) as states:
+            whole = self.logits(items, edited)
+        self.logits(items, elsewhere)
+        return agree(whole, self.logits(items, edited, start, states[start - 1]))
 
     def _run(
         self,
@@ -269,24 +250,9 @@ class Replay:
 
 
 def agree(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors differ by no more than rounding along many blocks."""
-    tolerance = 256 * torch.finfo(one.dtype).eps * float(one.abs().max())
+    """Whether two results of the same operations on the same shapes differ by no more than rounding."""
+    tolerance = 16 * torch.finfo(one.dtype).eps * float(one.abs().max())
     return float((one - two).abs().max()) <= tolerance
-
-
-@contextmanager
-def read_only(module: nn.Module, read: Bool[Tensor, "row slot"]) -> Iterator[None]:
-    """Hand the output head these places only, as one contiguous row."""
-    head = module.get_output_embeddings()
-
-    def choose(_: nn.Module, args: tuple) -> tuple:
-        return (args[0][read.to(args[0].device)][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _refuse_partial(pair: ModelPair) -> None:
@@ -298,29 +264,17 @@ def _refuse_partial(pair: ModelPair) -> None:
         )
 
 
-def _question_ids(items: Sequence[Item], n_questions: int) -> list[str]:
-    found = list(dict.fromkeys(item.question_id for item in items))
-    if len(found) != n_questions:
-        raise DataError(
-            "questions with an id each", f"{n_questions} questions have {len(found)} ids", "Rename them"
+def _shape(cache: KeysValues, n_layers: int) -> Shape:
+    """The shape of a prefix cache, where every layer has one of its own and all are alike."""
+    shapes = {(*keys_values[0].shape[1:3],) for keys_values in cache.values()}
+    if set(cache) != set(range(n_layers)) or len(shapes) > 1:
+        raise PatchError(
+            f"keys and values of as many heads in each of {n_layers} layers",
+            f"{len(cache)} layers have some, of {len(shapes)} shapes",
+            "Use emmech.patch_prefix, which hands the whole prefix over",
         )
-    return found
-
-
-def _one_prefix(items: Sequence[Item]) -> Prompt:
-    first = items[0].prompt
-    other = next((item for item in items if item.prompt.prefix_ids != first.prefix_ids), None)
-    if other is not None:
-        raise DataError(
-            "questions behind one template prefix",
-            f"that of {other.question_id} differs from that of {items[0].question_id}",
-            "Ask single questions under one system message",
-        )
-    if first.n_prefix == 0:
-        raise DataError(
-            "a template with a prefix", "this one starts with the question", "Set a system message"
-        )
-    return first
+    ((n_heads, n_positions),) = shapes
+    return Shape(n_layers, n_positions, n_heads)
 
 
 def _differs(own: KeysValues, other: KeysValues) -> list[Bool[np.ndarray, "kv kv_head position"]]:
@@ -329,22 +283,3 @@ def _differs(own: KeysValues, other: KeysValues) -> list[Bool[np.ndarray, "kv kv
         np.stack([(a[0] != b[0].to(a)).any(-1).cpu().numpy() for a, b in zip(own[n], other[n], strict=True)])
         for n in range(len(own))
     ]
-
-
-def texts_of(items: Sequence[Item], device: torch.device, *, with_prefix: bool = False) -> Texts:
-    """The items as rows, with or without the prefix they share."""
-    first = items[0].prompt.n_prefix if with_prefix else 0
-    width = first + max(len(item.ids) for item in items)
-    ids, answer = torch.zeros(2, len(items), width, dtype=torch.long)
-    read = torch.zeros(len(items), width, dtype=torch.bool)
-    parts = torch.full((len(items), width), PADDING)
-    for row, item in enumerate(items):
-        prompt, end = item.prompt, first + len(item.ids)
-        ids[row, :end] = torch.tensor(prompt.prefix_ids[:first] + item.ids)
-        read[row, end - item.n_read : end] = True
-        answer[row, end - len(item.answer) : end] = torch.tensor(item.answer, dtype=torch.long)
-        borders = (0, first, first + prompt.n_query, first + prompt.n_query + prompt.n_postfix, end)
-        for number, (left, right) in enumerate(pairwise(borders)):
-            parts[row, left:right] = number
-    lengths = torch.tensor([first + len(item.ids) for item in items])
-    return Texts(*(part.to(device) for part in (ids, read, answer, parts, lengths)))

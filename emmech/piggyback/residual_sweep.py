@@ -24,11 +24,12 @@ from emmech.models.checkpoints import ModelPair, Side
 from emmech.models.generation import reading
 from emmech.models.late_start import decoder_blocks, exchanged_after, recorded_blocks, starting_at
 from emmech.piggyback.cells import EVERYTHING
-from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree, read_only, texts_of
+from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree
 from emmech.piggyback.scores import Metric, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_arguments, sweep_result
 from emmech.piggyback.sweep_result import SweepResult
+from emmech.piggyback.texts import read_only, texts_of
 from emmech.results import RunFolder
 
 RESID_AXES = ("layer", "position", "segment")
@@ -112,12 +113,13 @@ class ResidReplay(Replay):
         full = self.scored(items, self.logits(items, self.edited([EVERYTHING] * len(items), 0)))
         return Stored(torch.stack(states), torch.stack([unpatched, full]))
 
-    def verify(self, stored: Stored, items: Int[Tensor, " item"]) -> bool:
-        """Whether passes over two of the stored items may leave out the lower half of the blocks."""
+    def verify(self, items: Int[Tensor, " item"]) -> bool:
+        """Whether passes over two of these items may leave out the lower half of the blocks."""
         items, layer = items[:2], self.shape.n_layers // 2
-        width = int(self.whole.lengths[items].max())
-        late = self._whole(self.recipient, items, layer + 1, stored.states[0, layer, : len(items), :width])
-        return agree(self._whole(self.recipient, items), late)
+        with recorded_blocks(self.blocks) as states:
+            whole = self._whole(self.recipient, items)
+        self._whole(self.donor, items)
+        return agree(whole, self._whole(self.recipient, items, layer + 1, states[layer]))
 
     def run(
         self,
@@ -133,7 +135,7 @@ class ResidReplay(Replay):
             mine = [row for row, patch in enumerate(patches) if patch.layer == layer]
             rows = torch.tensor(mine, device=items.device)
             logits = self._patched([patches[row] for row in mine], items[rows], stored, at[1][rows])
-            scores[rows] = self.scored(items[rows], logits)
+            scores[rows] = self.scored(items[rows], logits).to(scores)
         return scores
 
     def _patched(

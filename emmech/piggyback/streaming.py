@@ -149,7 +149,7 @@ class _Stream:
                 states[:, :, first : first + size, : part.states.shape[3]] = part.states
         stored = Stored(states, scores)
         if self.replay.late_start is None:
-            self.replay.late_start = self.replay.verify(stored, self._numbers(items))
+            self.replay.late_start = self.replay.verify(self._numbers(items))
         return stored
 
     def _score(
