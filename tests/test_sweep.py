@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError, PatchError, RunError
 from emmech.evaluation.statistics import clustered_mean
+from emmech.gates.gate import Gating
 from emmech.models.checkpoints import Side
 from emmech.models.late_start import recorded_blocks
 from emmech.piggyback import streaming
@@ -166,6 +167,25 @@ def test_all_cells_at_once_are_the_whole_prefix_patch(make_pair, architecture, d
         full = expected[f"{direction}:prefix", one.id]
         assert scored.full[number] == pytest.approx(full, abs=1e-4)
         assert scored.patched[0, number] == pytest.approx(full, abs=1e-4)
+
+
+def test_gates_act_in_every_pass(make_pair):
+    """The finetuned side is the base with gates: hooks that sit in blocks, left out or not."""
+    pair = make_pair("llama")
+    gating = Gating(tiny.gates(pair.base.module.get_base_model()), parts=("query", "response"))
+    gated = replace(pair, finetuned=Side("finetuned", pair.base.module, True, (gating.on,)))
+    records = margins(gated, PAIRS, [Condition("finetuned", "finetuned")], progress=False)
+    replay = replay_of(gated)
+    assert not replay.differs[0].any()  # no gate acts on the prefix, so there is nothing to patch with
+    replay.other = {layer: (key + 1, value - 1) for layer, (key, value) in replay.own.items()}
+    replay.differs = [~differs for differs in replay.differs]
+    cells = patches(grid(("layer", "kv"), replay.shape), "single", replay.shape)
+    late = score_patches(replay, cells, progress=False)
+    np.testing.assert_allclose(late.unpatched, [r["margin"] for r in records], **CLOSE)
+    replay.late_start = False
+    full = score_patches(replay, cells, progress=False)
+    np.testing.assert_allclose(late.patched, full.patched, atol=1e-5)
+    assert late.late_start and np.abs(late.patched - late.unpatched).min() > 0
 
 
 def test_a_model_patched_with_itself_does_not_change_at_all(make_pair):

@@ -130,7 +130,7 @@ def _heat(summary: Summary, across: str) -> go.Figure:
         ticktext=labels,
         tickangle=-90,
         showgrid=False,
-        title=_TITLES.get(across, across),
+        title=None if across == "position" else _TITLES.get(across, across),
     )
     fig.update_yaxes(showgrid=False)
     fig.update_yaxes(title=_TITLES["layer"], row=1, col=1)
@@ -140,9 +140,9 @@ def _heat(summary: Summary, across: str) -> go.Figure:
     if across == "kv_head":
         heads = ""
     caption = f"{_caption(summary)}{heads}. {INTERVALS} are at the pointer."
-    width = 170 + len(kinds) * max(220, 24 * len(columns))
+    width = 170 + len(kinds) * max(220, 16 * len(columns))
     fig = finished(fig, sweep_finding(summary), caption, max(240, 17 * n_layers) + 150)
-    return fig.update_layout(width=width) if width > 700 else fig
+    return fig.update_layout(width=width) if width > 960 else fig
 
 
 def _curve(summary: Summary, along: str) -> go.Figure:

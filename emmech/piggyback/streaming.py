@@ -112,7 +112,7 @@ class _Stream:
         batches = self._batches(items)
         keys = [(chunk, number) for number in range(-1, len(batches))]
         stored = None if all(key in self.done for key in keys) else self._store(items)
-        if stored is not None:
+        if (chunk, -1) not in self.done:
             self._finish(chunk, -1, stored.scores.tolist())
         self.stored[:, items] = self.done[chunk, -1]
         for number, (patch, item) in enumerate(batches):
