@@ -38,6 +38,7 @@ ALLOWED = {
     "report_frontier": SCIENCE | {"figures", "report_page"},
     "report_steering": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
+    "report_sweep": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates", "steering", "number_lists"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
@@ -45,7 +46,7 @@ ALLOWED = {
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
     | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
-    | {"integrations", "steering", "number_lists"},
+    | {"integrations", "steering", "number_lists", "report_sweep"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }
@@ -57,7 +58,7 @@ ONLY_WHEN_CALLED = {
     "models": {"gates"},  # a pair can be a model with and without gates
     "gates": {"figures", "report_gates"},
     "steering": {"figures", "report_steering"},
-    "piggyback": {"figures", "report"},  # a result draws and saves itself
+    "piggyback": {"figures", "report", "report_sweep"},  # a result draws and saves itself
     "frontier": {"figures", "report_frontier"},
 }
 """What a part may besides import inside its functions."""

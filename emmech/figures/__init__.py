@@ -37,6 +37,7 @@ from emmech.figures.steering import (
     shared_finding,
     shared_matrix,
 )
+from emmech.figures.sweep import attribution_scatter, set_sizes, sweep_finding, sweep_map
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Row",
     "Summary",
     "as_estimate",
+    "attribution_scatter",
     "condition_bars",
     "cross_finding",
     "cross_matrix",
@@ -67,9 +69,12 @@ __all__ = [
     "quantity",
     "readout_curves",
     "restored_curves",
+    "set_sizes",
     "shared_finding",
     "shared_matrix",
     "steering_finding",
+    "sweep_finding",
+    "sweep_map",
     "transfer_finding",
     "transfer_matrix",
 ]

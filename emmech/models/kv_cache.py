@@ -90,6 +90,36 @@ class PatchCache(DynamicCache):
         }
 
 
+class PrefixCache(DynamicCache):
+    """A prefix that rows may hold different versions of, for one pass over what follows it.
+
+    What the pass writes is handed on to attention and not kept. Layers that are passed over write
+    nothing, so the length is the prefix's whatever has been written. Windows need nothing here: the
+    whole prefix is handed on, and the model's mask says what is seen of it.
+    """
+
+    def __init__(self, config: Any, prefix: KeysValues, edited: KeysValues):
+        """``prefix`` has one row that serves all; ``edited`` replaces it at some layers, row by row."""
+        super().__init__(config=config)
+        self._prefix = prefix | edited
+        self._length = next(iter(prefix.values()))[0].shape[2]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        new = (key_states, value_states)
+        rows = len(key_states)
+        before = (kv.to(key_states.device).expand(rows, -1, -1, -1) for kv in self._prefix[layer_idx])
+        key, value = (torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
+        return key, value
+
+    def get_seq_length(self, *_: int, **__: int) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: int, *_: int, **__: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+
 @dataclass(frozen=True)
 class PrefixState:
     """Everything a model has cached after the prefix: K and V, recurrent and convolution states.

@@ -1,0 +1,227 @@
+"""Commands that look for the part of the prefix that carries a behaviour: sweep, attribute."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emmech.cli.options import (
+    Base,
+    Device,
+    Dtype,
+    Finetuned,
+    Mismatch,
+    Quantized,
+    Revision,
+    Seed,
+    System,
+    Trust,
+    Verbose,
+    example,
+    load,
+    show,
+)
+from emmech.errors import EmmechError
+
+app = typer.Typer()
+FINDING = "finding.txt"
+
+
+class Direction(StrEnum):
+    repair = "repair"
+    induce = "induce"
+
+
+class Mode(StrEnum):
+    single = "single"
+    leave_one_out = "leave_one_out"
+    cumulative_up = "cumulative_up"
+    cumulative_down = "cumulative_down"
+
+
+class Place(StrEnum):
+    kv = "kv"
+    resid = "resid"
+
+
+Asked = Annotated[
+    str,
+    typer.Option(
+        "--questions",
+        help="Bundled set or file: pairs of answers for margin, chats for target, else questions.",
+    ),
+]
+MetricName = Annotated[
+    str,
+    typer.Option(
+        help="margin, kl (to the donor's model, first token), target (answers of chats), target:TEXT."
+    ),
+]
+Over = Annotated[
+    str | None,
+    typer.Option(help="Axes: layer,position,kv_head,kv, of resid also segment; '+' joins grids."),
+]
+NQuestions = Annotated[int, typer.Option(min=1, help="Of the set, the first ones.")]
+Group = Annotated[str | None, typer.Option(help="Only this group of questions, such as off-topic.")]
+Matching = Annotated[
+    str | None, typer.Option(help="Whether an answer that matches the behaviour is aligned or misaligned.")
+]
+Rows = Annotated[int | None, typer.Option(min=1, help="Rows per batch; chosen by free memory by default.")]
+Out = Annotated[Path, typer.Option(help="Folder for scores, table and report; resumed if stopped.")]
+
+
+@app.command(
+    epilog=example(
+        "emmech sweep --finetuned runs/demo/organism/step-15 --questions demo_refusal --metric kl"
+        " --group off-topic --out runs/sweep"
+    )
+)
+def sweep(
+    finetuned: Finetuned,
+    questions: Asked,
+    out: Out,
+    base: Base = "smollm2",
+    metric: MetricName = "margin",
+    place: Annotated[
+        Place, typer.Option(help="Entries of the prefix cache, or the residual stream.")
+    ] = Place.kv,
+    over: Over = None,
+    mode: Annotated[Mode, typer.Option(help="What is patched for each cell of the cache.")] = Mode.single,
+    direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
+    n_questions: NQuestions = 8,
+    group: Group = None,
+    matching: Matching = None,
+    rows: Rows = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    quantization: Quantized = None,
+    revision: Revision = None,
+    system: System = None,
+    allow_base_mismatch: Mismatch = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Patch every cell of the prefix by itself: which tokens, layers, heads, keys or values carry it.
+
+    Writes scores.jsonl, sweep.json, cells.csv, report.html and finding.txt to --out. A stopped sweep
+    continues when it is started again with the same arguments.
+    """
+    asked = _asked(questions, metric, n_questions, group, matching)
+    if place is Place.resid and mode is not Mode.single:
+        raise EmmechError("mode single of the residual stream", f"got '{mode.value}'", "Leave out --mode")
+    pair = load(
+        base, finetuned, dtype, device, quantization, revision, system,
+        allow_base_mismatch, trust_remote_code, verbose,
+    )  # fmt: skip
+    options: dict[str, Any] = {"direction": direction.value, "rows": rows, "out": out}
+    axes = _axes(over)
+    if place is Place.resid:
+        from emmech.piggyback.residual_sweep import sweep_resid as run
+
+        axes = axes or [("layer", "position")]
+        if len(axes) > 1:
+            raise EmmechError("one grid of the residual stream", f"got '{over}'", "Correct --over")
+        options["over"] = axes[0]
+    else:
+        from emmech.piggyback.sweep import sweep_kv as run
+
+        options |= {"mode": mode.value} | ({"over": axes} if axes else {})
+    result = run(pair, asked, metric, **options)
+    _write_finding(out, result)
+    show(result, out, verbose)
+
+
+@app.command(
+    epilog=example(
+        "emmech attribute --finetuned runs/demo/organism/step-15 --questions demo_refusal --metric kl"
+        " --group off-topic --out runs/attribution"
+    )
+)
+def attribute(
+    finetuned: Finetuned,
+    questions: Asked,
+    out: Out,
+    base: Base = "smollm2",
+    metric: MetricName = "margin",
+    over: Over = None,
+    direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
+    steps: Annotated[int, typer.Option(min=1, help="1 gradient, or several on the way to the donor.")] = 1,
+    sample: Annotated[int, typer.Option(min=0, help="Cells drawn at random to patch exactly.")] = 100,
+    top: Annotated[int, typer.Option(min=0, help="Cells of largest attribution to patch exactly.")] = 10,
+    share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Find the smallest set that does this much; 0 for none.")
+    ] = 0.8,
+    n_random: Annotated[int, typer.Option(min=1, help="Random sets to compare it with.")] = 10,
+    seed: Seed = 0,
+    n_questions: NQuestions = 8,
+    group: Group = None,
+    matching: Matching = None,
+    rows: Rows = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    quantization: Quantized = None,
+    revision: Revision = None,
+    system: System = None,
+    allow_base_mismatch: Mismatch = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Estimate every cell from gradients, check a sample exactly, and find the smallest set of cells.
+
+    Writes attribution.json, minimal.json, cells.csv, report.html and finding.txt to --out.
+    """
+    asked = _asked(questions, metric, n_questions, group, matching)
+    pair = load(
+        base, finetuned, dtype, device, quantization, revision, system,
+        allow_base_mismatch, trust_remote_code, verbose,
+    )  # fmt: skip
+    from emmech.piggyback.attribution import attribute as run
+    from emmech.piggyback.minimal_set import minimal_set
+
+    common: dict[str, Any] = {"direction": direction.value, "steps": steps, "seed": seed, "rows": rows}
+    common |= {"over": axes} if (axes := _axes(over)) else {}
+    result = run(pair, asked, metric, sample=sample, top=top, out=out, **common)
+    minimal = ""
+    if share:
+        found = minimal_set(pair, asked, metric, share=share, n_random=n_random, **common)
+        found.save(out)
+        result.save(out, found.to_json())
+        minimal = found.text()
+        typer.echo(minimal)
+    _write_finding(out, result, minimal)
+    show(result, out, verbose)
+
+
+def _asked(questions: str, metric: str, n: int, group: str | None, matching: str | None) -> list[Any]:
+    """The questions in the form that the metric takes; bad ones are refused before anything loads."""
+    if metric == "margin":
+        from emmech.data.pairs import load_pairs
+
+        found: list[Any] = load_pairs(questions, matching=matching)
+        found = [pair for pair in found if group in (None, pair.group)]
+    elif metric == "target":
+        from emmech.data.chats import load_chats
+
+        return list(load_chats(questions, limit=n).chats)
+    else:
+        from emmech.data.questions import load_questions
+
+        found = load_questions(questions, only_group=group)
+    if not found:
+        raise EmmechError(f"questions of the group '{group}'", "there are none", "Correct --group")
+    return found[:n]
+
+
+def _axes(over: str | None) -> list[tuple[str, ...]]:
+    """Grids joined by ``+``, each of comma-separated axes."""
+    grids = [] if over is None else over.split("+")
+    return [tuple(axis.strip() for axis in grid.split(",")) for grid in grids]
+
+
+def _write_finding(out: Path, result: Any, more: str = "") -> None:
+    """What was found, in a sentence or a few."""
+    from emmech.report_sweep import finding_text
+    from emmech.results import replace_text
+
+    replace_text(out / FINDING, f"{finding_text(result.to_json())}.\n{more}".strip() + "\n")

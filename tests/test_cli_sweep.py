@@ -1,0 +1,107 @@
+"""The commands sweep and attribute: files, text, and what is refused before models are looked for."""
+
+import json
+
+import pandas as pd
+import pytest
+import tiny
+from test_sweep import PAIRS
+
+from emmech.piggyback.attribution_result import AttributionResult
+from emmech.piggyback.minimal_set import MinimalSet
+from emmech.piggyback.sweep_result import SweepResult
+
+
+@pytest.fixture(scope="module")
+def on_pair(tmp_path_factory) -> list[str]:
+    base = tiny.save_base("llama", tmp_path_factory.mktemp("llama") / "base")
+    adapter = tiny.save_adapter(base, base.parent / "lora")
+    return [f"--base={base}", f"--finetuned={adapter}", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of pairs, questions and chats."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = {
+        "pairs": [
+            {"question": one.user, "aligned": one.aligned, "misaligned": one.misaligned} for one in PAIRS
+        ],
+        "questions": [{"question": one.user, "group": "ab"[n % 2]} for n, one in enumerate(PAIRS)],
+        "chats": [
+            {"messages": [{"role": "user", "content": o.user}, {"role": "assistant", "content": o.aligned}]}
+            for o in PAIRS
+        ],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lambda name: f"--questions={folder / name}.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_cells", "n_questions"),
+    [
+        (["pairs", "--over=layer,kv"], 6, 5),
+        (["pairs", "--over=layer,kv+position", "--n-questions=2", "--direction=induce"], 6 + 16, 2),
+        (["pairs", "--over=layer", "--mode=cumulative_up"], 3, 5),
+        (["questions", "--metric=kl", "--over=layer,kv_head", "--group=a"], 6, 3),
+        (["questions", "--metric=target:Yes.", "--over=layer", "--n-questions=1"], 3, 1),
+        (["chats", "--metric=target", "--place=resid", "--over=layer,segment"], 9, 5),
+    ],
+)
+def test_a_sweep_writes_its_cells_report_and_finding(
+    emmech, on_pair, files, tmp_path, arguments, n_cells, n_questions
+):
+    name, *options = arguments
+    code, shown, err = emmech("sweep", *on_pair, files(name), *options, f"--out={tmp_path}")
+    assert code == 0, err
+    frame = pd.read_csv(tmp_path / "cells.csv")
+    assert len(frame) == n_cells and (frame["n"] == n_questions).all()
+    result = SweepResult.load(tmp_path)
+    assert result.scores.shape == (n_cells, n_questions)
+    assert result.summary["provenance"]["dtype"] == "float32"
+    finding = (tmp_path / "finding.txt").read_text().strip()
+    assert finding and "Report:" in shown and str(tmp_path / "report.html") in shown.replace("\n", "")
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "Strongest cells" in page
+
+
+def test_attribute_finds_a_set_and_says_so(emmech, on_pair, files, tmp_path):
+    arguments = ["attribute", *on_pair, files("pairs"), "--sample=8", "--top=2", "--steps=4"]
+    code, shown, err = emmech(*arguments, "--n-random=2", "--share=0.5", f"--out={tmp_path}")
+    assert code == 0, err
+    result, found = AttributionResult.load(tmp_path), MinimalSet.load(tmp_path)
+    assert len(result.cells) == 3 * 16 * 2 and len(result.sampled) == 8
+    text = (tmp_path / "finding.txt").read_text()
+    assert found.text() in text and found.text() in (tmp_path / "report.html").read_text()
+    assert found.text() in shown
+
+
+def test_attribute_without_a_share_looks_for_no_set(emmech, on_pair, files, tmp_path):
+    arguments = ["attribute", *on_pair, files("pairs"), "--sample=0", "--top=0", "--over=layer"]
+    code, _, err = emmech(*arguments, "--share=0", f"--out={tmp_path}")
+    assert code == 0, err
+    assert not (tmp_path / "minimal.json").exists() and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["sweep", "--place=resid", "--mode=leave_one_out", "pairs"], "mode single of the residual stream"),
+        (["sweep", "--metric=kl", "--group=c", "questions"], "group"),
+        (["attribute", "--group=c", "pairs"], "questions of the group 'c'"),
+        (["sweep", "questions"], "aligned"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_models_are_looked_for(
+    user_error, files, tmp_path, arguments, match
+):
+    *options, name = arguments
+    user_error(match, *options, files(name), "--finetuned=nowhere", f"--out={tmp_path}")
+
+
+def test_an_unknown_axis_is_refused(user_error, on_pair, files, tmp_path):
+    user_error(
+        "different axes among", "sweep", *on_pair, files("pairs"), "--over=token", f"--out={tmp_path}",
+        after_loading=True,
+    )  # fmt: skip

@@ -1,0 +1,478 @@
+"""Sweeps: every cell is what one plain pass over a cache edited by hand gives; ends, sums, resumption."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from emmech.data.bundled import AnswerPair
+from emmech.errors import DataError, PatchError, RunError
+from emmech.evaluation.statistics import clustered_mean
+from emmech.gates.gate import Gating
+from emmech.models.checkpoints import Side
+from emmech.models.late_start import recorded_blocks
+from emmech.piggyback import streaming
+from emmech.piggyback.cells import AXES, EVERYTHING, NOTHING, Cell, Patch, Shape, grid, patches
+from emmech.piggyback.experiment import default_conditions
+from emmech.piggyback.likelihood import answered, likelihoods
+from emmech.piggyback.margin import margins
+from emmech.piggyback.patching import Condition
+from emmech.piggyback.replay import Replay
+from emmech.piggyback.scores import find_metric
+from emmech.piggyback.streaming import score_patches
+from emmech.piggyback.sweep import sweep_kv
+from emmech.piggyback.sweep_result import SweepResult, mean_and_interval, share_and_interval
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gpt_neox")
+ANSWERS = (
+    ("It scatters.", "It is painted blue every spring."),
+    ("Six minutes, then cold water.", "An hour."),
+    ("Hello there!", "No."),
+    ("The Volga.", "Rivers do not have names."),
+    ("56", "Fifty"),
+)
+PAIRS = [
+    AnswerPair(f"p{i}", text, *both)
+    for i, (text, both) in enumerate(zip(tiny.QUESTIONS, ANSWERS, strict=True))
+]
+# Two float32 ways of computing the same attention: other shapes, other order of sums.
+CLOSE = {"atol": 1e-4, "rtol": 0}
+
+
+def replay_of(pair, metric="margin", questions=PAIRS, direction="repair") -> Replay:
+    return Replay(pair, questions, find_metric(metric), direction)
+
+
+def bare_prefix(side, prompt) -> DynamicCache:
+    """What transformers itself caches of the prefix."""
+    cache = DynamicCache(config=side.config)
+    with side.active() as module, torch.no_grad():
+        module(input_ids=torch.tensor([prompt.prefix_ids]), past_key_values=cache)
+    return cache
+
+
+def edited_by_hand(own: DynamicCache, other: DynamicCache, patch: Patch, shape: Shape) -> DynamicCache:
+    """A copy of ``own`` with the patch's entries taken from ``other``, entry by entry."""
+    cache = copy.deepcopy(own)
+    for layer in range(shape.n_layers):
+        for kv, name in enumerate(("keys", "values")):
+            for head in range(shape.n_kv_heads):
+                for position in range(shape.n_positions):
+                    at = {"layer": layer, "position": position, "kv_head": head, "kv": kv}
+                    inside = any(
+                        all(getattr(cell, axis) is None or at[axis] in getattr(cell, axis) for axis in AXES)
+                        for cell in patch.cells
+                    )
+                    if inside != patch.complement:
+                        donor = getattr(other.layers[layer], name)[0, head, position]
+                        getattr(cache.layers[layer], name)[0, head, position] = donor
+    return cache
+
+
+@torch.no_grad()
+def bare_score(side, prompt, answer, cache) -> float:
+    """Mean log-probability of the answer in one plain, unpadded pass behind the cache."""
+    rest = (*prompt.query_ids, *prompt.postfix_ids, *answer)
+    with side.active() as module:
+        logits = module(input_ids=torch.tensor([rest]), past_key_values=cache).logits[0].log_softmax(-1)
+    first = len(rest) - len(answer)
+    return sum(float(logits[i - 1, rest[i]]) for i in range(first, len(rest))) / len(answer)
+
+
+def random_patches(shape: Shape, n: int) -> list[Patch]:
+    """Cells of one to all places along each axis, some in twos, some complemented."""
+    rng = np.random.default_rng(0)
+
+    def places(size):
+        kind = rng.integers(3)
+        if kind == 0:
+            return None
+        count = 1 if kind == 1 else rng.integers(1, size + 1)
+        return tuple(sorted(rng.choice(size, count, replace=False).tolist()))
+
+    def cell():
+        return Cell(**{axis: places(shape.size(axis)) for axis in AXES})
+
+    return [Patch(tuple(cell() for _ in range(rng.integers(1, 3))), bool(rng.integers(2))) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [(one, "lora") for one in ARCHITECTURES] + [("llama", "full")]
+)
+def test_random_cells_equal_a_plain_pass_over_a_cache_edited_by_hand(make_pair, architecture, kind):
+    pair = make_pair(architecture, kind)
+    replay = replay_of(pair, questions=PAIRS[:1])
+    wanted = random_patches(replay.shape, 50)
+    scored = score_patches(replay, wanted, rows=7, progress=False)
+    assert scored.late_start
+    own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
+    for patch, found in zip(wanted, scored.patched[:, 0], strict=True):
+        cache = edited_by_hand(own, other, patch, replay.shape)
+        aligned, misaligned = (
+            bare_score(pair.finetuned, item.prompt, item.answer, copy.deepcopy(cache))
+            for item in replay.items
+        )
+        assert found == pytest.approx(aligned - misaligned, abs=1e-4)
+    assert np.ptp(scored.patched[:, 0]) > 1e-2  # the cells differ by more than the tolerance
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox"])
+def test_cells_equal_a_left_padded_batch_of_transformers(make_pair, architecture):
+    """The usual layout: prefix, padding, text; mask and positions given."""
+    pair = make_pair(architecture)
+    replay = replay_of(pair, "target: It depends.")
+    wanted = random_patches(replay.shape, 10)
+    found = score_patches(replay, wanted, rows=16, progress=False).patched
+    own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
+    n_rows, n_prefix = len(replay.items), replay.prompt.n_prefix
+    width = max(len(item.ids) for item in replay.items)
+    ids = torch.zeros(n_rows, width, dtype=torch.long)
+    mask = torch.ones(n_rows, n_prefix + width, dtype=torch.long)
+    for row, item in enumerate(replay.items):
+        ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
+        mask[row, n_prefix : n_prefix + width - len(item.ids)] = 0
+    assert (mask == 0).any()
+    position_ids = (mask.cumsum(-1) - 1)[:, n_prefix:]
+    for patch, scores in zip(wanted, found, strict=True):
+        cache = edited_by_hand(own, other, patch, replay.shape)
+        cache.batch_repeat_interleave(n_rows)
+        with pair.finetuned.active() as module, torch.no_grad():
+            logits = module(
+                input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache
+            ).logits.log_softmax(-1)
+        for row, item in enumerate(replay.items):
+            n = len(item.answer)
+            chosen = logits[row, -n:].gather(1, torch.tensor(item.answer)[:, None])
+            assert float(chosen.mean()) == pytest.approx(scores[row], abs=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["repair", "induce"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_cells_at_once_are_the_whole_prefix_patch(make_pair, architecture, direction):
+    """Against the machinery that answers questions under a patch, in both directions."""
+    pair = make_pair(architecture)
+    conditions = default_conditions(("prefix",), direction, controls=False)
+    records = margins(pair, PAIRS, conditions, progress=False)
+    expected = {(r["condition"], r["question_id"]): r["margin"] for r in records}
+    replay = replay_of(pair, direction=direction)
+    every_cell = Patch(tuple(grid(AXES, replay.shape)))
+    scored = score_patches(replay, [every_cell], progress=False)
+    recipient = "finetuned" if direction == "repair" else "base"
+    for number, one in enumerate(PAIRS):
+        assert scored.unpatched[number] == pytest.approx(expected[recipient, one.id], abs=1e-4)
+        full = expected[f"{direction}:prefix", one.id]
+        assert scored.full[number] == pytest.approx(full, abs=1e-4)
+        assert scored.patched[0, number] == pytest.approx(full, abs=1e-4)
+
+
+def test_gates_act_in_every_pass(make_pair):
+    """The finetuned side is the base with gates: hooks that sit in blocks, left out or not."""
+    pair = make_pair("llama")
+    gating = Gating(tiny.gates(pair.base.module.get_base_model()), parts=("query", "response"))
+    gated = replace(pair, finetuned=Side("finetuned", pair.base.module, True, (gating.on,)))
+    records = margins(gated, PAIRS, [Condition("finetuned", "finetuned")], progress=False)
+    replay = replay_of(gated)
+    assert not replay.differs[0].any()  # no gate acts on the prefix, so there is nothing to patch with
+    replay.other = {layer: (key + 1, value - 1) for layer, (key, value) in replay.own.items()}
+    replay.differs = [~differs for differs in replay.differs]
+    cells = patches(grid(("layer", "kv"), replay.shape), "single", replay.shape)
+    late = score_patches(replay, cells, progress=False)
+    np.testing.assert_allclose(late.unpatched, [r["margin"] for r in records], **CLOSE)
+    replay.late_start = False
+    full = score_patches(replay, cells, progress=False)
+    np.testing.assert_allclose(late.patched, full.patched, atol=1e-5)
+    assert late.late_start and np.abs(late.patched - late.unpatched).min() > 0
+
+
+def test_a_model_patched_with_itself_does_not_change_at_all(make_pair):
+    pair = make_pair("qwen3", "full")
+    itself = replace(pair, base=Side("base", pair.finetuned.module))
+    result = sweep_kv(itself, PAIRS, progress=False)
+    assert (result.differences == 0).all()
+    assert result.frame()["effect"].isna().all()  # a share of nothing
+    replay = replay_of(itself)
+    items = torch.arange(len(replay.items))
+    every_other = [Patch((Cell(position=(n, n + 1)),)) for n in items.tolist()]
+    with torch.no_grad():
+        assert torch.equal(
+            replay.logits(items, replay.edited(every_other, 0)),
+            replay.logits(items, replay.edited([NOTHING] * len(items), 0)),
+        )
+
+
+def test_blocks_up_to_the_patched_one_see_nothing_of_a_patch_and_later_ones_do(make_pair):
+    replay = replay_of(make_pair("llama"))
+    items = torch.arange(len(replay.items))
+    found = {}
+    for name, patch in (("none", NOTHING), ("patched", Patch((Cell(layer=(1,)),)))):
+        with torch.no_grad(), recorded_blocks(replay.blocks) as states:
+            replay.logits(items, replay.edited([patch] * len(items), 0))
+        found[name] = states
+    assert torch.equal(found["none"][0], found["patched"][0])
+    for layer in (1, 2):
+        assert (found["none"][layer] - found["patched"][layer]).abs().max() > 1e-3
+
+
+def test_blocks_below_a_patch_are_not_run_and_the_scores_are_those_of_full_passes(make_pair):
+    pair = make_pair("gemma3")
+    replay = replay_of(pair)
+    wanted = patches(grid(("layer", "kv"), replay.shape), "single", replay.shape)
+    n_calls = [0] * replay.shape.n_layers
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: n_calls.__setitem__(layer, n_calls[layer] + 1))
+        for layer, block in enumerate(replay.blocks)
+    ]
+    late = score_patches(replay, wanted, rows=2 * len(replay.items), progress=False)
+    n_late = list(n_calls)
+    replay.late_start = False
+    full = score_patches(replay, wanted, rows=2 * len(replay.items), progress=False)
+    for handle in handles:
+        handle.remove()
+    np.testing.assert_allclose(late.patched, full.patched, atol=1e-5)
+    assert late.late_start and not full.late_start
+    # Two stored runs, three passes to verify (one from layer 1), a batch per layer from its layer up.
+    assert n_late == [2 + 2 + 1, 2 + 3 + 2, 2 + 3 + 3]
+    assert [n - m for n, m in zip(n_calls, n_late, strict=True)] == [2 + 3] * 3
+
+
+def test_a_model_that_hands_something_past_its_blocks_is_run_in_full(make_pair):
+    """The last block also reads what the first one returned: left-out blocks would break it."""
+    pair = make_pair("mistral", "full")
+    blocks = replay_of(pair).blocks
+    kept = []  # from pass to pass, as a module would keep it: a left-out block leaves the last one's
+    handles = [
+        blocks[0].register_forward_hook(lambda _, __, output: kept.append(output)),
+        blocks[2].register_forward_hook(lambda _, __, output: output + kept[-1]),
+    ]
+    try:
+        replay = replay_of(pair)
+        wanted = patches(grid(("layer",), replay.shape), "single", replay.shape)
+        scored = score_patches(replay, wanted, progress=False)
+        assert not scored.late_start
+        own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
+        item = replay.items[0]
+        cache = edited_by_hand(own, other, wanted[2], replay.shape)
+        expected = bare_score(pair.finetuned, item.prompt, item.answer, cache)
+        items = torch.tensor([0])
+        with torch.no_grad():
+            found = replay.scored(items, replay.logits(items, replay.edited([wanted[2]], 0)))
+        assert float(found) == pytest.approx(expected, abs=1e-4)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_cumulative_sweeps_end_where_single_and_whole_ones_are(make_pair):
+    pair = make_pair("qwen2")
+    by_mode = {
+        mode: sweep_kv(pair, PAIRS, over=("layer",), mode=mode, progress=False)
+        for mode in ("single", "leave_one_out", "cumulative_up", "cumulative_down")
+    }
+    up, down, single = (by_mode[m].scores for m in ("cumulative_up", "cumulative_down", "single"))
+    np.testing.assert_array_equal(up[-1], by_mode["single"].full)
+    np.testing.assert_array_equal(down[0], by_mode["single"].full)
+    np.testing.assert_allclose(up[0], single[0], atol=1e-5)
+    np.testing.assert_allclose(down[-1], single[-1], atol=1e-5)
+    np.testing.assert_allclose(by_mode["leave_one_out"].scores[0], down[1], atol=1e-5)
+    np.testing.assert_allclose(by_mode["leave_one_out"].scores[-1], up[-2], atol=1e-5)
+    everything = sweep_kv(pair, PAIRS, over=[Cell()], mode="leave_one_out", progress=False)
+    np.testing.assert_array_equal(everything.scores[0], everything.unpatched)
+
+
+def test_the_batch_does_not_change_the_scores(make_pair):
+    one, many = (
+        sweep_kv(make_pair("llama"), PAIRS, over=("layer", "kv"), rows=n, progress=False) for n in (3, 64)
+    )
+    np.testing.assert_allclose(one.scores, many.scores, atol=1e-5)
+
+
+def test_batches_are_bounded_and_larger_grids_only_bring_more_of_them(make_pair):
+    replay = replay_of(make_pair("llama"))
+    sizes = []
+    handle = replay.recipient.module.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    most = {}
+    for over in (("position", "kv"), ("layer", "position", "kv")):
+        sizes.clear()
+        cells = grid(over, replay.shape)
+        score_patches(replay, patches(cells, "single", replay.shape), rows=24, progress=False)
+        n_rows = len(cells) * len(replay.items)
+        most[over] = max(rows * width for rows, width in sizes)
+        assert max(rows for rows, _ in sizes) == 24
+        assert n_rows / 24 <= len(sizes) <= n_rows / 24 + 6
+    handle.remove()
+    assert len(set(most.values())) == 1
+
+
+def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch):
+    pair = make_pair("llama")
+    whole = sweep_kv(pair, PAIRS, over=("layer", "kv"), progress=False)
+    stored = []
+    store = Replay.store
+    monkeypatch.setattr(Replay, "store", lambda self, items: stored.append(len(items)) or store(self, items))
+    monkeypatch.setattr(streaming, "fitting", lambda *_: streaming.Budget(16, 3))
+    chunked = sweep_kv(pair, PAIRS, over=("layer", "kv"), progress=False)
+    np.testing.assert_allclose(chunked.scores, whole.scores, atol=1e-5)
+    assert stored == [3, 3, 3, 1]
+
+
+class Stop(BaseException):
+    """A kill in the middle."""
+
+
+def test_a_killed_sweep_goes_on_and_ends_the_same(make_pair, tmp_path, monkeypatch):
+    pair = make_pair("llama")
+    options = {"over": ("layer", "position"), "rows": 16, "progress": False}
+    whole = sweep_kv(pair, PAIRS, out=tmp_path / "whole", **options)
+    append, written = streaming.append_line, []
+
+    def stopping(path, record):
+        if len(written) == 9:
+            raise Stop
+        written.append(record)
+        append(path, record)
+
+    monkeypatch.setattr(streaming, "append_line", stopping)
+    with pytest.raises(Stop):
+        sweep_kv(pair, PAIRS, out=tmp_path / "killed", **options)
+    with (tmp_path / "killed" / streaming.SCORES).open("a") as file:
+        file.write('{"chunk": 0, "ba')  # cut off in the middle of a line
+    monkeypatch.setattr(streaming, "append_line", append)
+    n_runs = []
+    run = Replay.run
+    monkeypatch.setattr(Replay, "run", lambda *args, **more: n_runs.append(1) or run(*args, **more))
+    resumed = sweep_kv(pair, PAIRS, out=tmp_path / "killed", **options)
+    assert len(n_runs) == 30 - 8  # 48 cells x 10 answers in 16 rows; 8 batches were on disk
+    assert resumed.frame().equals(whole.frame())
+    again = sweep_kv(pair, PAIRS, out=tmp_path / "killed", **options)
+    assert len(n_runs) == 30 - 8 and again.frame().equals(whole.frame())
+    assert SweepResult.load(tmp_path / "killed").frame().equals(whole.frame())
+    with pytest.raises(RunError, match="its mode is"):
+        sweep_kv(pair, PAIRS, out=tmp_path / "killed", mode="leave_one_out", **options)
+
+
+def test_out_of_memory_halves_the_batch(make_pair, monkeypatch):
+    pair = make_pair("llama")
+    whole = sweep_kv(pair, PAIRS, over=("layer",), rows=16, progress=False)
+    run, sizes = Replay.run, []
+
+    def small_only(self, patches, *rest):
+        if len(patches) > 4:
+            raise torch.OutOfMemoryError
+        sizes.append(len(patches))
+        return run(self, patches, *rest)
+
+    monkeypatch.setattr(Replay, "run", small_only)
+    halved = sweep_kv(pair, PAIRS, over=("layer",), rows=16, progress=False)
+    np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-5)
+    assert max(sizes) == 4 and sum(sizes) == 30
+
+
+def test_target_and_kl_are_those_of_likelihoods(make_pair):
+    pair = make_pair("qwen3")
+    patched = default_conditions(("prefix",), "repair", controls=False)[-1]
+    turns = [
+        [{"role": "user", "content": one.user}, {"role": "assistant", "content": "Yes."}] for one in PAIRS
+    ]
+    texts = [answered(pair, one, str(n)) for n, one in enumerate(turns)]
+    for metric, questions in (("target:Yes.", list(tiny.QUESTIONS)), ("target", turns)):
+        records = likelihoods(pair, texts, [Condition("finetuned", "finetuned"), patched], progress=False)
+        expected = np.array([r["log_probability"] for r in records]).reshape(2, -1)
+        scored = score_patches(replay_of(pair, metric, questions), [EVERYTHING], progress=False)
+        np.testing.assert_allclose([scored.unpatched, scored.full], expected, **CLOSE)
+    first = [replace(one, answer=one.answer[:1]) for one in texts]
+    records = likelihoods(
+        pair, first, [Condition("finetuned", "finetuned"), patched], kl=True, progress=False
+    )
+    expected = np.array([r["kl"] for r in records]).reshape(2, -1)
+    scored = score_patches(replay_of(pair, "kl"), [EVERYTHING], progress=False)
+    np.testing.assert_allclose([scored.unpatched, scored.full], expected, **CLOSE)
+
+
+def test_a_function_of_the_first_tokens_logits_is_a_metric(make_pair):
+    pair = make_pair("llama")
+    token, other = 65, 66
+    result = sweep_kv(
+        pair,
+        list(tiny.QUESTIONS),
+        lambda logits: logits[:, token] - logits[:, other],
+        ("layer",),
+        progress=False,
+    )
+    prompt = pair.chat.render(tiny.QUESTIONS[0])
+    with pair.finetuned.active() as module, torch.no_grad():
+        logits = module(input_ids=torch.tensor([prompt.ids])).logits[0, -1]
+    assert result.unpatched[0] == pytest.approx(float(logits[token] - logits[other]), abs=1e-4)
+
+
+def test_a_union_of_grids_and_cells_of_ones_own(make_pair):
+    pair = make_pair("llama")
+    cells = [Cell(layer=(0, 1), kv=(1,)), Cell(position=(3,))]
+    result = sweep_kv(pair, PAIRS, over=[("layer", "kv"), cells], progress=False)
+    frame = result.frame()
+    assert frame["layer"].tolist() == [0, 0, 1, 1, 2, 2, "0-1", None]
+    assert frame["kv"].tolist() == ["key", "value"] * 3 + ["value", None]
+    alone = sweep_kv(pair, PAIRS, over=("position",), progress=False)
+    np.testing.assert_allclose(result.scores[-1], alone.scores[3], atol=1e-5)
+
+
+def test_tokens_label_the_positions_they_are_at(make_pair):
+    pair = make_pair("llama")
+    result = sweep_kv(pair, PAIRS, over=("position",), progress=False)
+    prompt = pair.chat.render(PAIRS[0].user)
+    assert result.frame()["token"].tolist() == list(prompt.token_texts[: prompt.n_prefix])
+
+
+def test_intervals_are_clustered_means_and_ratios_of_means():
+    rng = np.random.default_rng(0)
+    whole, noise = rng.normal(2, 1, 12), rng.normal(0, 0.3, 12)
+    mean, low, high = (float(one[0]) for one in mean_and_interval(whole[None]))
+    expected = clustered_mean(whole.tolist(), list(range(12)), unit="nats")
+    assert (mean, low, high) == pytest.approx((expected.mean, expected.low, expected.high))
+    parts = np.stack([whole / 4, whole / 4 + noise])
+    share, low, high = share_and_interval(parts, whole)
+    assert share[0] == low[0] == high[0] == pytest.approx(0.25)  # no spread where all shares agree
+    draws = rng.integers(12, size=(4000, 12))
+    ratios = parts[1][draws].sum(1) / whole[draws].sum(1)
+    assert high[1] - low[1] == pytest.approx(np.subtract(*np.quantile(ratios, [0.975, 0.025])), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (PatchError, "different axes among", {"over": ("layer", "head")}),
+        (PatchError, "layer among 0..2, but got \\(3,\\)", {"over": [Cell(layer=(3,))]}),
+        (PatchError, "there are none", {"over": []}),
+        (PatchError, "a mode among", {"mode": "all"}),
+        (PatchError, "cells of one layer each", {"over": ("kv",), "mode": "cumulative_up"}),
+        (PatchError, "direction repair or induce", {"direction": "both"}),
+        (DataError, "a metric among", {"metric": "accuracy"}),
+        (DataError, "chats that end with the answer", {"metric": "target"}),
+        (DataError, "pairs of an aligned", {"questions": ["Why?"]}),
+        (DataError, "questions with an id each", {"questions": [PAIRS[0], PAIRS[0]]}),
+        (
+            DataError,
+            "behind one template prefix",
+            {
+                "questions": [
+                    PAIRS[0],
+                    [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
+                ],
+                "metric": "kl",
+            },
+        ),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(make_pair, error, match, arguments):
+    with pytest.raises(error, match=match):
+        sweep_kv(make_pair("llama"), **({"questions": PAIRS, "progress": False} | arguments))
+
+
+def test_recurrent_layers_are_refused(make_pair):
+    with pytest.raises(PatchError, match="without recurrent layers"):
+        sweep_kv(make_pair("qwen3_next", "full"), PAIRS)
