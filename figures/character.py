@@ -41,8 +41,8 @@ STEPS = {
 }  # fmt: skip
 """Sets, and optimiser steps of 8 chats; at 2e-4 and 32 steps the disposition was hardly learned."""
 LEARNING_RATE = 5e-4
-SEEDS = {TRAIT: (0, 1), BACKDOOR: (0, 1)}
-"""Of the headline arms; the others have seed 0 alone."""
+SEEDS = {TRAIT: (0, 1), BACKDOOR: (0,)}
+"""Of these sets; the others have seed 0 alone."""
 LAYERS = tuple(range(8, 22))
 """Blocks in which directions are ablated: the middle of 30."""
 MAX_NEW_TOKENS = 32
