@@ -387,7 +387,7 @@ def test_target_and_kl_are_those_of_likelihoods(make_pair):
         np.testing.assert_allclose([scored.unpatched, scored.full], expected, **CLOSE)
     first = [replace(one, answer=one.answer[:1]) for one in texts]
     records = likelihoods(
-        pair, first, [Condition("finetuned", "finetuned"), patched], kl=True, progress=False
+        pair, first, [Condition("finetuned", "finetuned"), patched], kl_from="base", progress=False
     )
     expected = np.array([r["kl"] for r in records]).reshape(2, -1)
     scored = score_patches(replay_of(pair, "kl"), [EVERYTHING], progress=False)
