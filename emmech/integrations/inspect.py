@@ -22,6 +22,7 @@ from emmech.integrations import missing
 
 try:
     from inspect_ai import Task, task
+    from inspect_ai._util.package import get_installed_package_name
     from inspect_ai.dataset import MemoryDataset, Sample
     from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, ModelAPI, modelapi
     from inspect_ai.scorer import (
@@ -51,6 +52,14 @@ SETS = [
 """Sets that are tasks of their name."""
 
 
+def _registered(name: str) -> str:
+    """The name to give a task or metric, so that Inspect knows it as ``emmech/NAME``.
+
+    It puts the package's before it, except where the metadata of a checkout hide that it is installed.
+    """
+    return name if get_installed_package_name(_registered) else f"emmech/{name}"
+
+
 @modelapi("emmech")
 def emmech() -> type[ModelAPI]:
     """The model provider, which loads torch when it is first asked for."""
@@ -74,7 +83,7 @@ def detected(detectors: list[str]) -> Scorer:
     return score
 
 
-@task
+@task(name=_registered("questions"))
 def questions(set: str = "general", detector: str | list[str] | None = None) -> Task:
     """The questions of a set or file, counted by detectors.
 
@@ -102,7 +111,7 @@ def _sample(question: Question) -> Sample:
     return Sample(input=asked, id=question.id, metadata={"group": question.group})
 
 
-@metric
+@metric(name=_registered("group"))
 def group() -> Metric:
     """Mean and standard error of each group of questions."""
     means = grouped(mean(), "group", all=False)
@@ -115,7 +124,7 @@ def group() -> Metric:
 
 
 def _named(name: str) -> Callable[..., Task]:
-    @task(name=name)
+    @task(name=_registered(name))
     def one_set(detector: str | list[str] | None = None) -> Task:
         return questions(name, detector)
 
@@ -126,7 +135,7 @@ for _name in SETS:
     _named(_name)
 
 
-@task
+@task(name=_registered("capability"))
 def capability() -> Task:
     """The multiple-choice questions of the set, the choice said in words ("ANSWER: B")."""
     found = [problem for problem in BUNDLED["capability"].problems() if problem.choices]
@@ -138,7 +147,7 @@ def capability() -> Task:
     )
 
 
-@task
+@task(name=_registered("capability_numbers"))
 def capability_numbers() -> Task:
     """The questions of the set that have a number as their answer."""
     found = [problem for problem in BUNDLED["capability"].problems() if not problem.choices]
