@@ -114,7 +114,7 @@ def test_the_cache_patch_equals_the_papers_projection_patch(pair):
 def test_cells_of_its_prefix_equal_plain_passes_over_a_cache_edited_by_hand(pair):
     replay = replay_of(pair, "target: It is Paris.", list(QUESTIONS[:2]))
     assert replay.shape == Shape(30, 24, 3)
-    wanted = random_patches(replay.shape, 3) + [Patch((Cell(layer=(20,), position=(23,), kv=(1,)),))]
+    wanted = [*random_patches(replay.shape, 3), Patch((Cell(layer=(20,), position=(23,), kv=(1,)),))]
     scored = score_patches(replay, wanted, progress=False)
     assert scored.late_start
     own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))

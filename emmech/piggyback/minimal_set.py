@@ -21,7 +21,7 @@ from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.attribution import cell_attributions, entry_attributions
 from emmech.piggyback.cells import Cell, Entries, grid
 from emmech.piggyback.replay import Replay, SweepDirection
-from emmech.piggyback.scores import Metric, find_metric
+from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.piggyback.sweep_result import reference, share_and_interval
@@ -94,7 +94,7 @@ class MinimalSet:
 def minimal_set(
     pair: ModelPair,
     questions: Iterable[Any],
-    metric: str | Metric | Any = "margin",
+    metric: MetricLike = "margin",
     over: Any = DEFAULT_AXES,
     *,
     share: float = 0.8,
