@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_sweep import bare_prefix, bare_score, edited_by_hand, random_patches, replay_of
 from transformers import AutoModelForCausalLM
 
 from emmech.models import hook_points
@@ -12,9 +13,11 @@ from emmech.models.checkpoints import load_pair
 from emmech.models.default import embedded_path
 from emmech.models.generation import Decoding, make_batch, prefill, run_through
 from emmech.models.kv_cache import PatchCache
+from emmech.piggyback.cells import Cell, Patch, Shape
 from emmech.piggyback.experiment import default_conditions
 from emmech.piggyback.patching import Bench, Condition, KVPatch, patched_projections
 from emmech.piggyback.running import Job, as_questions, render_rows, run
+from emmech.piggyback.streaming import score_patches
 
 pytestmark = pytest.mark.weights
 QUESTIONS = (
@@ -106,3 +109,17 @@ def test_the_cache_patch_equals_the_papers_projection_patch(pair):
         theirs = prefill(model, batch, PatchCache(pair.finetuned.config), 0).logits
     # float32 sums in another order over 30 layers; logits are of size 20.
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-4)
+
+
+def test_cells_of_its_prefix_equal_plain_passes_over_a_cache_edited_by_hand(pair):
+    replay = replay_of(pair, "target: It is Paris.", list(QUESTIONS[:2]))
+    assert replay.shape == Shape(30, 24, 3)
+    wanted = [*random_patches(replay.shape, 3), Patch((Cell(layer=(20,), position=(23,), kv=(1,)),))]
+    scored = score_patches(replay, wanted, progress=False)
+    assert scored.late_start
+    own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
+    for patch, found in zip(wanted, scored.patched, strict=True):
+        for number, item in enumerate(replay.items):
+            cache = edited_by_hand(own, other, patch, replay.shape)
+            expected = bare_score(pair.finetuned, item.prompt, item.answer, cache)
+            assert found[number] == pytest.approx(expected, abs=1e-4)

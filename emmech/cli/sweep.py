@@ -152,6 +152,7 @@ def attribute(
     share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Find the smallest set that does this much; 0 for none.")
     ] = 0.8,
+    set_steps: Annotated[int, typer.Option(min=1, help="Gradients for the order of its cells.")] = 8,
     n_random: Annotated[int, typer.Option(min=1, help="Random sets to compare it with.")] = 10,
     seed: Seed = 0,
     n_questions: NQuestions = 8,
@@ -179,12 +180,12 @@ def attribute(
     from emmech.piggyback.attribution import attribute as run
     from emmech.piggyback.minimal_set import minimal_set
 
-    common: dict[str, Any] = {"direction": direction.value, "steps": steps, "seed": seed, "rows": rows}
+    common: dict[str, Any] = {"direction": direction.value, "seed": seed, "rows": rows}
     common |= {"over": axes} if (axes := _axes(over)) else {}
-    result = run(pair, asked, metric, sample=sample, top=top, out=out, **common)
+    result = run(pair, asked, metric, steps=steps, sample=sample, top=top, out=out, **common)
     minimal = ""
     if share:
-        found = minimal_set(pair, asked, metric, share=share, n_random=n_random, **common)
+        found = minimal_set(pair, asked, metric, share=share, steps=set_steps, n_random=n_random, **common)
         found.save(out)
         result.save(out, found.to_json())
         minimal = found.text()

@@ -27,7 +27,7 @@ from emmech.models.kv_cache import KeysValues
 from emmech.piggyback.attribution_result import AttributionResult
 from emmech.piggyback.cells import Cell, Patch, Shape, grid
 from emmech.piggyback.replay import Replay, SweepDirection
-from emmech.piggyback.scores import Metric, find_metric
+from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import fitting, question_weights, score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.results import RunFolder
@@ -36,7 +36,7 @@ from emmech.results import RunFolder
 def attribute(
     pair: ModelPair,
     questions: Iterable[Any],
-    metric: str | Metric | Any = "margin",
+    metric: MetricLike = "margin",
     over: Any = DEFAULT_AXES,
     *,
     direction: SweepDirection | str = "repair",
@@ -84,6 +84,8 @@ def attribute(
     sampled = stratified_sample(cells, sample, seed)
     strongest = np.argsort(-np.abs(estimates.mean(1)), kind="stable")[:top]
     checked = np.union1d(sampled, strongest).astype(int)
+    if folder is not None:  # a restart may round gradients differently
+        checked = np.array(folder.remember("checked", checked.tolist()), dtype=int)
     patches = [Patch((cells[number],)) for number in checked]
     scored = score_patches(replay, patches, rows=rows, folder=folder, progress=progress)
     summary = run_summary(replay, arguments, scored) | {"seconds_gradient": seconds}

@@ -21,7 +21,7 @@ from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.attribution import cell_attributions, entry_attributions
 from emmech.piggyback.cells import Cell, Entries, grid
 from emmech.piggyback.replay import Replay, SweepDirection
-from emmech.piggyback.scores import Metric, find_metric
+from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.piggyback.sweep_result import reference, share_and_interval
@@ -94,12 +94,12 @@ class MinimalSet:
 def minimal_set(
     pair: ModelPair,
     questions: Iterable[Any],
-    metric: str | Metric | Any = "margin",
+    metric: MetricLike = "margin",
     over: Any = DEFAULT_AXES,
     *,
     share: float = 0.8,
     direction: SweepDirection | str = "repair",
-    steps: int = 1,
+    steps: int = 8,
     n_random: int = 10,
     seed: int = 0,
     rows: int | None = None,
@@ -111,7 +111,8 @@ def minimal_set(
         pair: From ``load_pair``; best in float32.
         questions: As in ``sweep_kv``, like ``metric``, ``over``, ``direction`` and ``rows``.
         share: Of what the donor's whole prefix does; the mean over questions has to reach it.
-        steps: As in ``attribute``.
+        steps: As in ``attribute``. Averaged gradients take much smaller sets to the share than one does,
+            although one ranks single cells better.
         n_random: Random orders of the cells to compare with.
         seed: Of these orders.
         rows: Cells times answers in a batch; by free memory by default.

@@ -25,7 +25,7 @@ from emmech.models.generation import reading
 from emmech.models.late_start import decoder_blocks, exchanged_after, recorded_blocks, starting_at
 from emmech.piggyback.cells import EVERYTHING
 from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree
-from emmech.piggyback.scores import Metric, find_metric
+from emmech.piggyback.scores import Metric, MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_arguments, sweep_result
 from emmech.piggyback.sweep_result import SweepResult
@@ -51,7 +51,7 @@ class ResidCell:
 def sweep_resid(
     pair: ModelPair,
     questions: Iterable[Any],
-    metric: str | Metric | Any = "margin",
+    metric: MetricLike = "margin",
     over: Sequence[str] = ("layer", "position"),
     *,
     direction: SweepDirection | str = "repair",

@@ -70,7 +70,11 @@ class Metric:
     needs_donor: bool = False
 
 
-def find_metric(metric: "str | Metric | Callable[[Tensor], Tensor]") -> Metric:
+MetricLike = str | Metric | Callable[[Tensor], Tensor]
+"""The name of a metric, one, or a function of the first token's logits ``[row d_vocab]``."""
+
+
+def find_metric(metric: MetricLike) -> Metric:
     """The metric of that name; a function of the first token's logits becomes one.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.cells import Mode, grid, patches
 from emmech.piggyback.replay import Replay, SweepDirection
-from emmech.piggyback.scores import Metric, find_metric
+from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import Scored, score_patches
 from emmech.piggyback.sweep_result import SweepResult
 from emmech.results import Record, RunFolder, fingerprint, versions
@@ -26,7 +26,7 @@ DEFAULT_AXES = ("layer", "position", "kv")
 def sweep_kv(
     pair: ModelPair,
     questions: Iterable[Any],
-    metric: str | Metric | Any = "margin",
+    metric: MetricLike = "margin",
     over: Any = DEFAULT_AXES,
     *,
     mode: Mode | str = "single",
@@ -75,7 +75,7 @@ def sweep_arguments(replay: Replay, where: list[Record], rows: int | None) -> Re
         "metric": replay.metric.name,
         "target": replay.recipient.name,
         "source": replay.donor.name,
-        "cells": fingerprint(where),
+        "grid": fingerprint(where),
         "n_cells": len(where),
         "questions": fingerprint(items),
         "rows": rows or "auto",
