@@ -109,12 +109,12 @@ class Prompt:
         for name in SEGMENTS:
             rows = [row for row in self.as_records() if row["segment"] == name]
             page.append(f"{name} ({len(rows)} tokens)\n", style="bold underline " + _STYLES[name])
-            shown = (_visible(row["text"]) for row in rows)
+            shown = (visible(row["text"]) for row in rows)
             page.append("|".join(shown) + "\n", style=_STYLES[name])
         return page
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     r"""Blanks as ·, controls as escapes (\n), � for a token that only continues a character."""
     signs = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(signs).replace(" ", "·") or "�"

@@ -1,14 +1,15 @@
 """An evaluation as a terminal table and a self-contained page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from emmech.figures import Row, Summary, as_estimate
-from emmech.report_page import PageTable, as_text, write_page
+from emmech.figures import Row, Summary, as_estimate, capability_changes, capability_cost, metric_bars
+from emmech.report_page import Page, PageTable, as_text
 from emmech.results import REPORT
 
 _CAPTION = (
@@ -65,21 +66,41 @@ def shown_groups(summary: Summary, metric: str) -> list[str]:
 
 def write_evaluation(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path; it links to the answers beside it."""
-    heads = ("metric", "group", "condition", "mean", "answers", "against", "against the plain wording")
-    heads += ("missing", "clustering")
-    rows = [
-        [row["metric"], row["group"], row["condition"], *_cells(row), _missing(row), row.get("design", "")]
-        for row in summary["rows"]
-    ]
-    return write_page(
-        folder,
+    return evaluation_page(summary).write(folder)
+
+
+def evaluation_page(summary: Summary) -> Page:
+    """A figure per metric, all groups together as a table, and every group on demand."""
+    metrics = dict.fromkeys(row["metric"] for row in summary["rows"])
+    content: list[Any] = [metric_bars(summary, name, shown_groups(summary, name)) for name in metrics]
+    if capability_changes(summary):
+        content.append(capability_cost(summary))
+    several = {row["metric"] for row in summary["rows"] if row["group"] != "all"}
+    first = [row for row in summary["rows"] if row["group"] == "all" or row["metric"] not in several]
+    content.append(_metrics_table(first, "Every metric"))
+    if rest := [row for row in summary["rows"] if row not in first]:
+        content.append(_metrics_table(rest, "Every metric by group", closed=True))
+    return Page(
         as_text(f"{len(summary['conditions'])} conditions on {summary['n_questions']} questions"),
-        [PageTable(heads, rows, "Every metric", _CAPTION + _POWER)],
+        content,
         lead=[_strongest(summary)],
         links={"Every answer, side by side": f"answers/{REPORT}"},
         meanings=_MEANINGS,
         provenance={key: summary[key] for key in _PROVENANCE if key in summary},
     )
+
+
+def _metrics_table(rows: Sequence[Row], title: str, *, closed: bool = False) -> PageTable:
+    """Columns that no row fills are left out."""
+    heads = ["metric", "group", "condition", "mean", "answers", "against", "against the plain wording"]
+    heads += ["missing", "clustering"]
+    cells = [
+        [row["metric"], row["group"], row["condition"], *_cells(row), _missing(row), row.get("design", "")]
+        for row in rows
+    ]
+    used = [number for number in range(len(heads)) if any(line[number] for line in cells)]
+    shown = [[line[number] for number in used] for line in cells]
+    return PageTable([heads[number] for number in used], shown, title, _CAPTION + _POWER, closed, wrap=True)
 
 
 def _strongest(summary: Summary) -> str:
