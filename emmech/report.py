@@ -41,6 +41,9 @@ _CHECKS = (
     "tokens that every layer still holds when the answer begins; below 1 only where a sliding window has "
     "passed them. tokens: how many per prompt were patched, on average."
 )
+_PAPER = Html(
+    'Zhao et al. 2026, <a href="https://arxiv.org/abs/2606.06667" rel="noreferrer">arXiv 2606.06667</a>'
+)
 _RUN = ("kind", "provenance", "versions", "decoding", "batch_size", "questions")
 
 
@@ -119,7 +122,7 @@ def conditions_page(summary: Summary, records: Sequence[Record]) -> Page:
         [*content, *_prompt(summary), *_checks(summary)],
         lead=[*_sentences(summary), idea_of(summary), *summary.get("notes", ())],
         meanings={name: meaning for name, meaning in condition_meanings(summary).items() if meaning},
-        provenance={name: summary[name] for name in _RUN if name in summary},
+        provenance={"method": _PAPER} | {name: summary[name] for name in _RUN if name in summary},
     )
 
 

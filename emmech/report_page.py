@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -52,8 +52,8 @@ class PageTable:
     caption: str = ""
     closed: bool = False
     """Shown when its title is clicked."""
-    wrap: bool = False
-    """The last column breaks into lines."""
+    look: Literal["", "wrap", "cards"] = ""
+    """``wrap``: the last column breaks into lines. ``cards``: all do, and a row is a card on a phone."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _table(table: PageTable, heading: str) -> str:
     head = "".join(f'<th scope="col">{as_text(name)}</th>' for name in table.headings)
     rows = "".join(f"<tr>{''.join(f'<td>{as_text(c)}</td>' for c in row)}</tr>" for row in table.rows)
     caption = f'<p class="soft">{as_text(table.caption)}</p>' if table.caption else ""
-    kind = ' class="wrap"' if table.wrap else ""
+    kind = f' class="{table.look}"' if table.look else ""
     body = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     shown = f'<div class="scroll">{body}</div>{caption}'
     return folded(title or "Table", shown) if table.closed else title + shown

@@ -15,6 +15,8 @@ from rich.table import Table
 from emmech.figures import (
     Summary,
     as_estimate,
+    capability_changes,
+    capability_cost,
     cross_finding,
     cross_matrix,
     doses_finding,
@@ -115,9 +117,12 @@ def doses_page(summary: Summary) -> Page:
         for row in summary["rows"]
     ]
     heads = ("method", "dose", "group", summary["detector"], "change", "surprise", "repetition", "words")
+    drawn = [methods_at_cost(summary)]
+    if capability_changes(summary):
+        drawn.append(capability_cost(summary))
     return Page(
         doses_finding(summary),
-        [methods_at_cost(summary), PageTable((*heads, "KL", "lost", "right"), rows, "Every dose")],
+        [*drawn, PageTable((*heads, "KL", "lost", "right"), rows, "Every dose")],
         lead=[
             f"The {summary['untreated']} model, treated in several ways and strengths, answers the same "
             f"questions. KL is taken from the {summary['kl_from']} model."

@@ -72,6 +72,10 @@ def _meaning(name: str, summary: Summary) -> str:
     if kind == "graft":
         where = ", ".join(_GRAFTED.get(part, part) for part in rest.split("+"))
         return f"The finetuned weights at the {where}, and the base's at every other token."
+    if kind == "only":
+        return f"The base model with the gates on the {rest} alone."
+    if kind == "except":
+        return f"The base model with the gates on all but the {rest}."
     if kind == "perturb":
         return f"The finetuned model, unpatched, with tokens of the {rest} changed for similar ones."
     if kind == "template":

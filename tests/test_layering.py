@@ -14,6 +14,7 @@ import emmech
 ROOT = Path(emmech.__file__).parent
 ABOVE_CHAT = {"errors", "results", "endpoint", "completions", "sharding", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
+PAGES = {f"report_{kind}" for kind in ("evaluation", "frontier", "gates", "other", "steering")}
 ALLOWED = {
     "errors": set(),
     "number_lists": {"errors"},
@@ -34,19 +35,24 @@ ALLOWED = {
     "piggyback": SCIENCE | {"defaults"},
     "figures": SCIENCE | {"piggyback"},
     "report_page": {"errors", "results"},
-    "report": SCIENCE | {"piggyback", "figures", "report_page"},
+    "report_answers": SCIENCE | {"figures", "report_page"},
+    "report_words": SCIENCE | {"figures"},
+    "report": SCIENCE | {"piggyback", "figures", "report_page", "report_answers", "report_words"},
     "report_frontier": SCIENCE | {"figures", "report_page"},
     "report_steering": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
     "report_sweep": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
+    "report_other": SCIENCE | {"figures", "report_page", "report_sweep"},
+    "report_runs": SCIENCE | {"figures", "report", "report_page", "report_answers", *PAGES},
+    "report_overview": SCIENCE | {"report_page", "report_answers", "report_runs"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates", "steering", "number_lists"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
     "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
     | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
-    | {"integrations", "steering", "number_lists", "report_sweep"},
+    | {"integrations", "steering", "number_lists", "report_sweep", "report_runs", "report_overview"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }
@@ -58,6 +64,7 @@ ONLY_WHEN_CALLED = {
     "models": {"gates"},  # a pair can be a model with and without gates
     "gates": {"figures", "report_gates"},
     "steering": {"figures", "report_steering"},
+    "report_runs": {"piggyback"},  # sweeps are saved as scores, and add themselves up
     "piggyback": {"figures", "report", "report_sweep"},  # a result draws and saves itself
     "frontier": {"figures", "report_frontier"},
 }

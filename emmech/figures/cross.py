@@ -26,14 +26,15 @@ def cross_matrix(summary: Summary) -> go.Figure:
 
     Random directions are one grey band from the least to the most that they leave.
     """
-    effects, names = summary["effects"], [name for name in _ablated(summary) if not _is_random(summary, name)]
+    effects = summary["effects"]
+    names = [None, *(name for name in _ablated(summary) if not _is_random(summary, name))]
     fig = make_subplots(
         len(effects), 1, shared_xaxes=True, vertical_spacing=min(0.5, 36 / (150 * len(effects))),
         subplot_titles=[plain(effect) for effect in effects],
     )  # fmt: skip
     for panel, effect in enumerate(effects, start=1):
         rows = {row["ablated"]: row for row in summary["rows"] if row["effect"] == effect}
-        colors = [COLORS["control"] if _is_control(name) else METHODS[1] for name in names]
+        colors = [COLORS["control"] if name and _is_control(name) else METHODS[1] for name in names]
         fig.add_scatter(
             x=list(range(len(names))),
             y=[rows[name]["size"]["mean"] for name in names],
@@ -60,15 +61,15 @@ def cross_matrix(summary: Summary) -> go.Figure:
         fig.add_hline(y=whole, line={"color": TEXT, "dash": "dash"}, row=panel, col=1)
     fig.update_annotations(x=0, xanchor="left")
     fig.update_xaxes(
-        tickvals=list(range(len(names))), ticktext=[folded(name) for name in names], tickangle=0,
+        tickvals=list(range(len(names))), ticktext=[folded(name or "nothing") for name in names], tickangle=0,
         range=[-0.5, len(names) - 0.5],
     )  # fmt: skip
     fig.update_xaxes(title="ablated direction", row=len(effects), col=1)
     fig.update_yaxes(rangemode="tozero", zeroline=True, zerolinecolor=GRID)
     caption = (
         "Effects in nats per token: how much likelier misaligned answers become against aligned ones. "
-        f"{INTERVAL}. Dashed: nothing ablated; grey band: what random directions leave; grey points: "
-        "unrelated ones; hollow: the effect's own direction. A direction fitted elsewhere was used where its "
+        f"{INTERVAL}. Dashed: nothing ablated; grey band: the means that random directions leave; grey "
+        "points: unrelated ones; hollow: the effect's own direction. A direction fitted elsewhere was used where its "
         "point lies below the band."
     )
     return finished(fig, cross_finding(summary), caption, 150 * len(effects) + 70)
@@ -127,4 +128,4 @@ def _is_control(name: str) -> bool:
 
 def _cross_hover(row: Row) -> str:
     left = "" if row.get("left") is None else f"<br>{shown(row['left'])} of the effect left"
-    return f"{hover(row['size'], row['effect'])}<br>without {plain(row['ablated'])}{left}"
+    return f"{hover(row['size'], row['effect'])}<br>without {plain(row['ablated'] or 'nothing')}{left}"
