@@ -27,7 +27,7 @@ from emmech.evaluation.statistics import Estimate
 from emmech.evaluation.trials import by_trial
 from emmech.figures import RESID, Row, Summary, as_estimate, groups_of, headline, metric_rows
 from emmech.report_answers import answers_of, answers_part
-from emmech.report_page import Html, Page, PageTable, as_text
+from emmech.report_page import Html, Note, Page, PageTable, as_text
 from emmech.report_words import condition_meanings, idea_of
 from emmech.results import Record
 
@@ -242,7 +242,7 @@ def _figures(summary: Summary, records: Sequence[Record]) -> Iterable[go.Figure]
         yield figures.restored_curves(summary)
 
 
-def _prompt(summary: Summary) -> Iterable[Html]:
+def _prompt(summary: Summary) -> Iterable[Note]:
     """The first prompt of the run, token by token, each segment in its colour."""
     tokens = summary.get("labelled_prompt")
     if tokens:
@@ -254,18 +254,19 @@ def _prompt(summary: Summary) -> Iterable[Html]:
         )
         segments = {"prefix": "before the question", "query": "the question", "postfix": "after it"}
         legend = ", ".join(f'<span class="{name}">{name}</span> {what}' for name, what in segments.items())
-        yield Html(
-            '<section><h2>How a prompt is divided</h2><p class="soft">The first prompt of the run, token by '
-            f'token: {legend}. A blank is shown as ·.</p><div class="tokens">{shown}</div></section>'
+        yield Note(
+            f'<p class="soft">The first prompt of the run, token by token: {legend}. A blank is shown as ·.</p>'
+            f'<div class="tokens">{shown}</div>',
+            "How a prompt is divided",
         )
 
 
-def _checks(summary: Summary) -> Iterable[PageTable | Html]:
+def _checks(summary: Summary) -> Iterable[PageTable | Note]:
     """The manipulation check: what each number says, and the numbers."""
     same = summary.get("self_patch_identical")
     if same is not None:
         verdict = "the same as" if same else "<b>not the same as</b>"
-        yield Html(
+        yield Note(
             f"<p>Patched with its own keys and values, the model's answers are {verdict} unpatched.</p>"
         )
     rows = [

@@ -83,7 +83,9 @@ def write_evaluation(folder: str | Path, summary: Summary) -> Path:
 def evaluation_page(summary: Summary) -> Page:
     """A figure per metric, all groups together as a table, and every group on demand."""
     metrics = dict.fromkeys(row["metric"] for row in summary["rows"])
-    content: list[Any] = [metric_bars(summary, name, shown_groups(summary, name)) for name in metrics]
+    title = _headline(summary)
+    drawn = [metric_bars(summary, name, shown_groups(summary, name)) for name in metrics]
+    content: list[Any] = sorted(drawn, key=lambda one: one.layout.title.text.replace("<br>", " ") != title)
     if capability_changes(summary):
         content.append(capability_cost(summary))
     several = {row["metric"] for row in summary["rows"] if row["group"] != "all"}
@@ -92,7 +94,7 @@ def evaluation_page(summary: Summary) -> Page:
     if rest := [row for row in summary["rows"] if row not in first]:
         content.append(_metrics_table(rest, "Every metric by group", closed=True))
     return Page(
-        _headline(summary),
+        title,
         content,
         lead=[
             f"{len(summary['conditions'])} conditions on {summary['n_questions']} questions.",

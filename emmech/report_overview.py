@@ -48,15 +48,14 @@ def figure_files(runs: Sequence[Run], kind: str) -> dict[str, go.Figure]:
 
 
 def _overview(runs: Sequence[Run]) -> PageTable:
-    heads = ("run", "what", "finding", "models", "n", "date")
+    heads = ("run", "what", "finding", "models", "n", "date", "version")
     rows = [
         [
             Html(f'<a href="#run-{number}">{_breaking(run.name)}</a>'),
             run.what,
             Html(run.page.title),
             Html(_breaking(run.models)),
-            run.n,
-            Html("<br>".join(filter(None, (run.date, as_text(run.versions))))),
+            *(Html(f'<span class="whole">{as_text(one)}</span>') for one in (run.n, run.date, run.version)),
         ]
         for number, run in enumerate(runs)
     ]
@@ -76,26 +75,20 @@ def _skipped(skipped: Sequence[Skipped]) -> list[PageTable]:
 def _section(run: Run, number: int, answers: int | None, specs: list[Mapping[str, Any]]) -> str:
     """A run's finding, figures, and on demand its tables, words and origin."""
     page = run.page
-    about = " · ".join(map(as_text, filter(None, (run.what, run.models, run.n, run.date, run.versions))))
+    version = run.version and f"emmech {run.version}"
+    about = " · ".join(map(as_text, filter(None, (run.what, run.models, run.n, run.date, version))))
     links = ['<a href="#overview">overview</a>']
     if answers is not None:
         links.append(f'<a href="#answers" data-run="{answers}">answers</a>')
-    content = [item for item in page.content if not isinstance(item, PageTable)]
-    tables = [item for item in page.content if isinstance(item, PageTable)]
+    content = sorted(page.content, key=lambda item: not isinstance(item, go.Figure))
     parts = [
         f'<section id="run-{number}"><h2>{as_text(run.name)}</h2>',
         f'<p class="soft">{about} · {" · ".join(links)}</p><p><b>{page.title}</b></p>',
         *(f"<p>{as_text(paragraph)}</p>" for paragraph in page.lead),
-        *blocks(content, specs, page.title, "h3"),
+        *blocks(content, specs, page.title, fold=True),
     ]
-    for table in tables:
-        (inside,) = blocks([PageTable(table.headings, table.rows, "", table.caption, look=table.look)], [])
-        parts.append(folded(as_text(table.title or "Table"), inside))
-    words = "".join(
-        f"<dt>{as_text(word)}</dt><dd>{as_text(told)}</dd>" for word, told in page.meanings.items()
-    )
-    if words:
-        parts.append(folded("What the words mean", f"<dl>{words}</dl>"))
+    if page.meanings:
+        parts.append(folded("What the words mean", f"<dl>{definitions(page.meanings)}</dl>"))
     if page.provenance:
         facts = f'<dl class="facts">{definitions(page.provenance)}</dl>'
         parts.append(folded("Where this comes from", facts))

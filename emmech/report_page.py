@@ -57,12 +57,23 @@ class PageTable:
 
 
 @dataclass(frozen=True)
+class Note:
+    """HTML under a title."""
+
+    html: str
+    title: str = ""
+
+
+Item = PageTable | Note | go.Figure
+
+
+@dataclass(frozen=True)
 class Page:
     """What is told of a run, before it is HTML."""
 
     title: str
     """The finding as HTML, as titles of ``emmech.figures`` are."""
-    content: Sequence[PageTable | go.Figure | Html]
+    content: Sequence[Item]
     """Figures in house style, whose title and caption become text that wraps. A figure that sets its
     width is drawn no narrower, and scrolls."""
     lead: Sequence[str] = ()
@@ -117,18 +128,22 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 def blocks(
-    content: Sequence[PageTable | go.Figure | Html],
+    content: Sequence[Item],
     specs: list[Mapping[str, Any]],
     page_title: str = "",
-    heading: str = "h2",
+    *,
+    fold: bool = False,
 ) -> list[str]:
-    """Content as HTML; what plotly draws of each figure is added to ``specs``."""
+    """Content as HTML; what plotly draws of each figure is added to ``specs``.
+
+    With ``fold``, everything with a title but figures is shown when the title is clicked.
+    """
     parts = []
     for item in content:
         if isinstance(item, PageTable):
-            parts.append(_table(item, heading))
-        elif isinstance(item, Html):
-            parts.append(item)
+            parts.append(_titled(as_text(item.title), _table(item), fold or item.closed))
+        elif isinstance(item, Note):
+            parts.append(_titled(item.title, item.html, fold))
         else:
             block, spec = figure_parts(item, page_title)
             parts.append(block)
@@ -193,15 +208,19 @@ def _scripts(specs: Sequence[Mapping[str, Any]]) -> str:
     return f"{data}\n<script>{get_plotlyjs()}</script>\n<script>{_DRAW}</script>"
 
 
-def _table(table: PageTable, heading: str) -> str:
-    title = f"<{heading}>{as_text(table.title)}</{heading}>" if table.title else ""
+def _titled(title: str, inside: str, fold: bool) -> str:
+    if fold and title:
+        return folded(f"<b>{title}</b>", inside)
+    return (f"<h2>{title}</h2>" if title else "") + inside
+
+
+def _table(table: PageTable) -> str:
     head = "".join(f'<th scope="col">{as_text(name)}</th>' for name in table.headings)
     rows = "".join(f"<tr>{''.join(f'<td>{as_text(c)}</td>' for c in row)}</tr>" for row in table.rows)
     caption = f'<p class="soft">{as_text(table.caption)}</p>' if table.caption else ""
     kind = f' class="{table.look}"' if table.look else ""
     body = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    shown = f'<div class="scroll">{body}</div>{caption}'
-    return folded(title or "Table", shown) if table.closed else title + shown
+    return f'<div class="scroll">{body}</div>{caption}'
 
 
 def _definitions(entries: Iterable[tuple[str, Any]]) -> str:

@@ -52,7 +52,8 @@ class Run:
     n: str
     """Questions, chats or steps, in words."""
     date: str
-    versions: str
+    version: str
+    """Of emmech."""
     page: Page
     answers: Sequence[Record] = ()
     """From ``answers_of``."""
@@ -206,7 +207,7 @@ def _read(place: Path, file: Path | None) -> Run:
         models=_models(summary),
         n=_n(summary),
         date=datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y-%m-%d"),
-        versions=f"emmech {version}" if version else "",
+        version=str(version or ""),
         page=page,
         answers=_answers(place, kind.answers) if place.is_dir() else (),
     )
@@ -216,7 +217,11 @@ def _models(summary: Summary) -> str:
     """The finetuned model and its base, or whatever the run was of."""
     if "recipe" in summary:
         return f"{summary['base']} on {summary['data'].get('name') or 'a set of its own'}"
-    provenance = summary.get("provenance") or summary
+    if "runs" in summary:
+        return _models(next(iter(summary["runs"].values())))
+    directions = summary.get("directions", {}).values()
+    fitted = next((one["positive"] for one in directions if "positive" in one), {})
+    provenance = summary.get("provenance") or fitted or summary
     names = [_name(provenance.get(side)) for side in ("finetuned", "base")]
     names = list(dict.fromkeys(name for name in names if name))
     return f"{names[0]} (base: {names[1]})" if len(names) > 1 else "".join(names)
@@ -232,7 +237,8 @@ def _n(summary: Summary) -> str:
         return f"{steps[-1]['step'] if steps else 0} steps, {chats} chats"
     if "n_on_topic" in summary:
         return f"{summary['n_on_topic']} + {summary['n_off_topic']} questions"
-    n = summary.get("n_questions", len(summary.get("question_ids", ())))
+    shifts = [one["n_questions"] for one in summary.get("shifts", {}).values()]
+    n = summary.get("n_questions") or len(summary.get("question_ids", ())) or max(shifts, default=0)
     return f"{n} questions" if n else ""
 
 

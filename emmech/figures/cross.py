@@ -69,8 +69,8 @@ def cross_matrix(summary: Summary) -> go.Figure:
     caption = (
         "Effects in nats per token: how much likelier misaligned answers become against aligned ones. "
         f"{INTERVAL}. Dashed: nothing ablated; grey band: the means that random directions leave; grey "
-        "points: unrelated ones; hollow: the effect's own direction. A direction fitted elsewhere was used where its "
-        "point lies below the band."
+        "points: unrelated ones; hollow: the effect's own direction. A direction fitted elsewhere was used "
+        "where its point lies below the band."
     )
     return finished(fig, cross_finding(summary), caption, 150 * len(effects) + 70)
 

@@ -130,8 +130,8 @@ def capability_cost(summary: Summary) -> go.Figure:
     fig.add_vline(x=0, line={"color": GRID, "width": 2})
     ticks = {"tickvals": list(range(len(names))), "ticktext": [folded(name, 22) for name in names]}
     fig.update_yaxes(range=[len(names) - 0.5, -0.5], **ticks)
-    fig.update_xaxes(title="change in the share solved (below 0 is a loss)")
-    caption = f"{INTERVAL}, of the paired difference. Chance is part of both shares."
+    fig.update_xaxes(title="change in share solved")
+    caption = f"{INTERVAL}, of the paired difference; below 0 is a loss. Chance is part of both shares."
     return finished(fig, _capability_finding(rows), caption, 34 * max(2, len(names)) + 70)
 
 
