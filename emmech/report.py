@@ -132,6 +132,9 @@ class _Cell:
 
     estimate: Estimate
 
+    def __str__(self) -> str:
+        return self.estimate.text()
+
     def __rich_measure__(self, _: Console, options: ConsoleOptions) -> Measurement:
         text = self.estimate.text()
         return Measurement(len(text.partition(" ")[2]), len(text)).with_maximum(options.max_width)
@@ -255,7 +258,7 @@ def _prompt(summary: Summary) -> Iterable[Note]:
         segments = {"prefix": "before the question", "query": "the question", "postfix": "after it"}
         legend = ", ".join(f'<span class="{name}">{name}</span> {what}' for name, what in segments.items())
         yield Note(
-            f'<p class="soft">The first prompt of the run, token by token: {legend}. A blank is shown as ·.</p>'
+            f'<p class="soft">The first prompt of the run, token by token: {legend}. A blank is a ·.</p>'
             f'<div class="tokens">{shown}</div>',
             "How a prompt is divided",
         )

@@ -12,19 +12,20 @@ import pytest
 import emmech
 
 ROOT = Path(emmech.__file__).parent
-ABOVE_CHAT = {"errors", "results", "endpoint", "completions", "sharding", "chat"}
+ABOVE_CHAT = {"errors", "reprs", "results", "endpoint", "completions", "sharding", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
 PAGES = {f"report_{kind}" for kind in ("evaluation", "frontier", "gates", "other", "steering")}
 ALLOWED = {
     "errors": set(),
     "number_lists": {"errors"},
     "defaults": set(),
+    "reprs": set(),
     "results": {"errors"},
     "endpoint": {"errors"},
     "completions": {"errors", "endpoint"},
     "sharding": {"errors", "results"},
     "encoding": set(),
-    "chat": {"errors", "results", "encoding"},
+    "chat": {"errors", "reprs", "results", "encoding"},
     "data": ABOVE_CHAT,
     "evaluation": ABOVE_CHAT,
     "models": ABOVE_CHAT,
@@ -129,7 +130,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 def test_the_imports_that_are_read_from_the_source_are_those_of_a_known_module():
-    assert imports("chat", inside_functions=True) == {"encoding", "errors"}
+    assert imports("chat", inside_functions=True) == {"encoding", "errors", "reprs"}
     assert {"data.questions", "demo"} <= imports("cli.patching", inside_functions=True)
     assert imports("cli.patching", inside_functions=False) == {
         "defaults", "cli.options", "errors", "number_lists",
