@@ -109,7 +109,7 @@ def _direction(file: Path) -> Record:
         {"layer": layer, "length": length, "reliability": reliability, "p": p}
         for layer, (length, reliability, p) in enumerate(columns)
     ]
-    return {**about, **about["provenance"].get("positive", {}), "rows": rows}
+    return {**about, "directions": {"": about["provenance"]}, "rows": rows}
 
 
 KINDS: Mapping[str, _Kind] = {
@@ -221,7 +221,7 @@ def _models(summary: Summary) -> str:
         return _models(next(iter(summary["runs"].values())))
     directions = summary.get("directions", {}).values()
     fitted = next((one["positive"] for one in directions if "positive" in one), {})
-    provenance = summary.get("provenance") or fitted or summary
+    provenance = fitted or summary.get("provenance") or summary
     names = [_name(provenance.get(side)) for side in ("finetuned", "base")]
     names = list(dict.fromkeys(name for name in names if name))
     return f"{names[0]} (base: {names[1]})" if len(names) > 1 else "".join(names)

@@ -48,12 +48,11 @@ def report(
     from emmech.report_runs import read_runs
 
     runs, skipped = read_runs(folders)
+    if not runs:
+        reasons = "; ".join(f"{one.name}: {one.reason.rstrip('.')}" for one in skipped)
+        raise RunError("at least one finished run", reasons, "Pass folders of finished runs")
     for one in skipped:
         typer.echo(f"skipped {one.name}: {one.reason}", err=True)
-    if not runs:
-        raise RunError(
-            "at least one finished run", f"{', '.join(map(str, folders))} hold none", "Pass folders of runs"
-        )
     path = write_overview(out, runs, skipped)
     if images is not None:
         drawn = figure_files(runs, images.value)
