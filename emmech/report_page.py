@@ -53,7 +53,7 @@ class PageTable:
     closed: bool = False
     """Shown when its title is clicked."""
     look: Literal["", "wrap", "cards"] = ""
-    """``wrap``: the last column breaks into lines. ``cards``: all do, and a row is a card on a phone."""
+    """``wrap``: the last two columns break into lines. ``cards``: all do, and a row is a card on a phone."""
 
 
 @dataclass(frozen=True)

@@ -143,3 +143,54 @@ def test_the_command_writes_page_and_figures(emmech, study, tmp_path):
 
 def test_nothing_to_show_is_an_error_in_three_clauses(user_error, tmp_path):
     user_error("expected at least one finished run, but .*nowhere: does not", "report", tmp_path / "nowhere")
+
+
+ENDS = {"mean": 0.5, "low": 0.2, "high": 0.8, "n": 4, "n_clusters": 4, "n_missing": 0}
+CURVE = {"sizes": [1, 2], "greedy": [0.4, 0.9], "random": [ENDS | {"n_sets": 3}] * 2}
+MINIMAL = {"kind": "minimal-set", "size": 2, "n_cells": 8, "share": 0.8, "text": "Two of 8.", "curve": CURVE}
+BLOCK = {"layer": "0-7", "position": "4-9", "kv": None, "depth": 1, "effect": 0.75, **ENDS}
+SEARCH = {"kind": "search", "detector": "refusal", "unpatched": ENDS, "full": ENDS, "blocks": [BLOCK]}
+TASK = {"task": "arc", "metric": "acc", "condition": "base", "value": 0.5, "stderr": 0.1, "n": 4}
+HARNESS = {"kind": "harness", "rows": [TASK], "shown": ["arc"], "notes": []}
+INTERVAL = {"low": 0.4, "high": 0.9}
+AGREEMENT = {
+    **{name: 7 for name in ("n_matched", "n_both", "missing_a", "missing_b", "only_a", "only_b")},
+    **{"a": "one", "b": "two", "threshold_a": 30.0, "threshold_b": 30.0, "n_questions": 5},
+    **{"spearman": 0.7, "spearman_interval": INTERVAL, "kappa": 0.6, "kappa_interval": INTERVAL},
+    "counts": {"both": 1, "a_only": 2, "b_only": 3, "neither": 1},
+    "differ_most": [{"value_a": 10.0, "value_b": 90.0, "question": "Why?", "answer": "So."}],
+}
+SWEEP = {
+    "summary": {"metric": "kl", "mode": "single", "target": "finetuned", "source": "base", "notes": []}
+    | {"tokens": ["a", "b"], "question_ids": ["x", "y"], "kind": "sweep"},
+    "cells": [{"layer": 0, "position": 1, "token": "b"}, {"layer": 1, "position": 1, "token": "b"}],
+    "values": {"unpatched": [0.0, 0.0], "full": [1.0, 1.0], "scores": [[0.1, 0.1], [0.6, 0.6]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "saved", "what", "title"),
+    [
+        ("minimal.json", MINIMAL, "minimal set", "2 of 8 cells do 80% of what the prefix does"),
+        (
+            "search.json",
+            SEARCH,
+            "search",
+            "layer 0-7, position 4-9 alone does .75 of what the prefix does to refusal (.50 → .50)",
+        ),
+        ("harness.json", HARNESS, "lm-evaluation-harness", "arc, acc: .50"),
+        (
+            "agreement.json",
+            AGREEMENT,
+            "agreement of judges",
+            "The two judges agree with rank correlation .70 and kappa .60",
+        ),
+        ("sweep.json", SWEEP, "sweep", "kl: layer 1, token 1 'b' alone does .60 of what the prefix does"),
+    ],
+)
+def test_a_result_of_another_kind_is_known_by_its_file(tmp_path, file, saved, what, title):
+    (tmp_path / file).write_text(json.dumps(saved))
+    (run,), skipped = read_runs([tmp_path])
+    assert skipped == []
+    assert (run.what, run.page.title) == (what, title)
+    assert write_overview(tmp_path / "page", [run]).stat().st_size > 5_000
