@@ -245,6 +245,25 @@ def test_another_layer_can_be_chosen_and_places_without_a_token_are_empty():
     assert set(line[4:]) == {None}
 
 
+def test_projections_of_one_text_are_put_in_order_of_layers_and_tokens():
+    rows = [
+        {
+            "position": position,
+            "token": token,
+            "part": "query",
+            "layer": layer,
+            "projection": layer + position,
+        }
+        for layer in (7, 3)
+        for position, token in ((1, "b"), (0, "a"))
+    ]
+    chat = figures.projections_of(rows)
+    assert (chat["tokens"], chat["layers"]) == (["a", "b"], [3, 7])
+    assert chat["values"] == [[3, 4], [7, 8]]
+    (heat,) = drawn(figures.token_values(chat))
+    assert heat["z"][0][:2] == [7, 8]
+
+
 def crossed(effect, ablated, size, change=None):
     row = {"effect": effect, "ablated": ablated, "size": estimate(size)}
     return row if change is None else row | {"change": estimate(change), "left": 0.5}

@@ -45,7 +45,7 @@ from emmech.figures.steering import (
     shared_matrix,
 )
 from emmech.figures.sweep import attribution_scatter, set_sizes, sweep_finding, sweep_map
-from emmech.figures.tokens import gate_tokens, token_values
+from emmech.figures.tokens import gate_tokens, projections_of, token_values
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
 from emmech.figures.training import training_drift, training_loss
 
@@ -82,6 +82,7 @@ __all__ = [
     "middle",
     "overlap_curve",
     "perturbation_strip",
+    "projections_of",
     "quantity",
     "readout_curves",
     "restored_curves",

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emmech.figures.house import TEXT, finished, plain, shown
+from emmech.figures.house import TEXT, Row, finished, plain, shown
 
 PARTS = {"prefix": "#1F86C4", "query": "#C58900", "postfix": "#009E73", "response": "#C0609A"}
 """The colour of each part of a chat."""
@@ -60,6 +60,21 @@ def gate_tokens(dialogue: Mapping[str, Any]) -> go.Figure:
         title = f"Gates are furthest from 1 at {names[place]} in layer {layers[row]}: by {far}"
     caption = "One dialogue (n = 1), so no intervals: mean |gate - 1| over a layer's head dimensions."
     return finished(fig, title, caption, max(220, 10 * len(layers)) + 140)
+
+
+def projections_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """What ``token_values`` draws, of one text's rows of ``emmech.steering.projections.token_projections``."""
+    layers = sorted({row["layer"] for row in rows})
+    lines = [sorted((r for r in rows if r["layer"] == at), key=lambda row: row["position"]) for at in layers]
+    first = lines[0] if lines else []
+    return {
+        "tokens": [row["token"] for row in first],
+        "parts": [row["part"] for row in first],
+        "layers": layers,
+        "values": [[row["projection"] for row in line] for line in lines],
+        "quantity": "projection",
+        "signed": True,
+    }
 
 
 def token_values(dialogue: Mapping[str, Any], layer: int | None = None) -> go.Figure:
