@@ -63,7 +63,7 @@ def gate_tokens(dialogue: Mapping[str, Any]) -> go.Figure:
 
 
 def projections_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """What ``token_values`` draws, of one text's rows of ``emmech.steering.projections.token_projections``."""
+    """One text of ``emmech.steering.projections.token_projections``, as ``token_values`` draws it."""
     layers = sorted({row["layer"] for row in rows})
     lines = [sorted((r for r in rows if r["layer"] == at), key=lambda row: row["position"]) for at in layers]
     first = lines[0] if lines else []
