@@ -211,10 +211,12 @@ def test_a_strip_shows_every_trial_and_the_mean_over_the_unperturbed_model():
         for trial, mean in enumerate((0.2, 0.4))
     ]
     fig = figures.perturbation_strip(summary, trials)
-    pale, _ = drawn(fig)
+    pale, *_ = drawn(fig)
     assert list(pale["x"]) == [0.2, 0.4]
-    assert all(round(y) == 0 for y in pale["y"])
-    assert marks(fig) == ends(*rows[1:])
+    assert all(round(y) == 1 for y in pale["y"])
+    assert pale["hovertext"][1] == "perturb:prefix, trial 1<br>.40 [.30, .50], n = 40"
+    assert list(fig.layout.yaxis.ticktext) == ["unperturbed", "prefix", "query"]
+    assert marks(fig) == ends(*rows)
     assert [shape.x0 for shape in fig.layout.shapes] == [0.8]
     assert title(fig) == "Perturbing the prefix changes most: refusal .80 → .30"
 

@@ -245,6 +245,7 @@ def test_trials_samples_and_changed_wordings_are_told_apart(tmp_path):
     (question,) = page_data(path.read_text(encoding="utf-8"))["questions"]
     labels = [label for _, _, label in question["answers"]["perturb:query"]]
     assert (question["question"], labels) == ("Why?", ["trial 4, asked: Wy?", "trial 5, sample 1"])
+    assert "<h3>Perturbing the query changes most: refusal .80 → .50</h3>" in path.read_text(encoding="utf-8")
 
 
 def test_a_residual_run_is_drawn_by_layer_and_explained_once(tmp_path):

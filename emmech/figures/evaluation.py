@@ -154,7 +154,7 @@ def capability_changes(summary: Summary) -> list[Row]:
 
 def judge_agreement(result: Summary) -> go.Figure:
     """Two judges of the same answers: how far they agree, and which answers either puts below."""
-    fig = make_subplots(1, 2, column_widths=[0.55, 0.45], horizontal_spacing=0.2)
+    fig = make_subplots(2, 1, row_heights=[0.4, 0.6], vertical_spacing=0.3)
     found = {"Spearman": "spearman", "kappa": "kappa"}
     points = [
         {"mean": result[key], **{end: result[f"{key}_interval"][end] for end in ("low", "high")}}
@@ -182,17 +182,17 @@ def judge_agreement(result: Summary) -> go.Figure:
     fig.add_heatmap(
         x=["below", "not below"], y=["below", "not below"], z=cells, text=cells, texttemplate="%{text}",
         hoverinfo="text", textfont={"color": "#1b1f23"}, xgap=3, ygap=3, showscale=False,
-        colorscale=[[0, "#F2F2F2"], [1, "#67A9CF"]], zmin=0, row=1, col=2,
+        colorscale=[[0, "#F2F2F2"], [1, "#67A9CF"]], zmin=0, row=2, col=1,
     )  # fmt: skip
-    fig.update_xaxes(title=f"b: {plain(_short(result['b']))}", showgrid=False, row=1, col=2)
-    title = f"a: {plain(_short(result['a']))}"
-    fig.update_yaxes(title=title, autorange="reversed", showgrid=False, row=1, col=2)
+    fig.update_xaxes(title=f"b: {plain(_short(result['b']))}", showgrid=False, row=2, col=1)
+    title = {"text": f"a: {plain(_short(result['a']))}", "standoff": 14}
+    fig.update_yaxes(title=title, autorange="reversed", showgrid=False, row=2, col=1)
     caption = (
         f"n = {result['n_both']} answers to {result['n_questions']} questions scored by both. 95% intervals "
-        f"over questions. Right: answers below {result['threshold_a']:g} (a) and "
+        f"over questions. Below: answers below {result['threshold_a']:g} (a) and "
         f"{result['threshold_b']:g} (b), which is what kappa is of."
     )
-    return finished(fig, _agreement_finding(result), caption, 260)
+    return finished(fig, _agreement_finding(result), caption, 360)
 
 
 def _hover(row: Row) -> str:

@@ -6,14 +6,15 @@ import plotly.graph_objects as go
 
 from emmech.figures.house import (
     COLORS,
+    DASHES,
     INTERVAL,
     SYMBOLS,
     TEXT,
     Row,
     Summary,
-    as_estimate,
     bars,
     finished,
+    hover,
     pale,
     plain,
     shown,
@@ -31,8 +32,10 @@ def perturbation_strip(summary: Summary, trials: Sequence[Row]) -> go.Figure:
         trials: From ``emmech.evaluation.trials.by_trial``.
     """
     groups, rows = groups_of(summary), metric_rows(summary)
-    segments = [row["condition"] for row in rows if row["condition"].startswith(_PERTURB)]
-    segments = list(dict.fromkeys(segments))
+    segments = list(dict.fromkeys(r["condition"] for r in rows if r["condition"].startswith(_PERTURB)))
+    side = next((row["target"] for row in rows if row["condition"] in segments), "finetuned")
+    kinds = {side: COLORS[side], **dict.fromkeys(segments, COLORS["perturb"])}
+    heights = {name: number for number, name in enumerate(kinds)}
     fig = go.Figure()
     for number, group in enumerate(groups):
         offset = (number - (len(groups) - 1) / 2) * 0.4 / max(1, len(groups) - 1)
@@ -40,48 +43,42 @@ def perturbation_strip(summary: Summary, trials: Sequence[Row]) -> go.Figure:
         mine = [row for row in trials if row["group"] == group]
         fig.add_scatter(
             x=[row["mean"] for row in mine],
-            y=[segments.index(row["condition"]) + offset + _beside(row["trial"]) for row in mine],
+            y=[heights[row["condition"]] + offset + _beside(row["trial"]) for row in mine],
             mode="markers",
             marker={"size": 6, "symbol": symbol, "color": pale(COLORS["perturb"], 0.5)},
-            hovertext=[
-                f"{plain(row['condition'])}, {plain(group)}<br>trial {row['trial']}: "
-                f"{as_estimate(row).text()}, n = {row['n']}"
-                for row in mine
-            ],
+            hovertext=[hover(row, f"{row['condition']}, trial {row['trial']}") for row in mine],
             hoverinfo="text",
             name=plain(f"{group}, single trials"),
             showlegend=False,
         )
-        means = [row for row in rows if row["group"] == group and row["condition"] in segments]
-        fig.add_scatter(
-            x=[row["mean"] for row in means],
-            y=[segments.index(row["condition"]) + offset for row in means],
-            error_x=bars(means, COLORS["perturb"]),
-            mode="markers",
-            marker={"size": 11, "symbol": symbol, "color": COLORS["perturb"], "line": {"width": 2}},
-            hovertext=[f"mean of trials<br>{as_estimate(row).text()}, n = {row['n']}" for row in means],
-            hoverinfo="text",
-            name=plain(group),
-            showlegend=len(groups) > 1,
-        )
-        side = means[0]["target"] if means else "finetuned"
-        untouched = [row for row in rows if (row["condition"], row["group"]) == (side, group)]
-        for row in untouched:
-            fig.add_vline(
-                x=row["mean"], line={"color": COLORS["finetuned"], "dash": ("dash", "dot")[number % 2]}
+        for name, color in kinds.items():
+            means = [row for row in rows if (row["condition"], row["group"]) == (name, group)]
+            fig.add_scatter(
+                x=[row["mean"] for row in means],
+                y=[heights[name] + offset] * len(means),
+                error_x=bars(means, color),
+                mode="markers",
+                marker={"size": 11, "symbol": symbol, "color": color, "line": {"width": 2, "color": color}},
+                hovertext=[hover(row, name) for row in means],
+                hoverinfo="text",
+                name=plain(f"{group}, {name}"),
+                showlegend=False,
+                cliponaxis=False,
             )
-            fig.add_annotation(
-                x=row["mean"], y=-0.55, yanchor="bottom", showarrow=False, font={"color": TEXT, "size": 11},
-                text="unperturbed" if group == "all" else f"unperturbed, {plain(group)}",
-            )  # fmt: skip
-    names = [plain(segment.removeprefix(_PERTURB)) for segment in segments]
-    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.8])
+            if name == side:
+                for row in means:
+                    fig.add_vline(x=row["mean"], line={"color": color, "dash": DASHES[1 + number % 5]})
+        if len(groups) > 1:  # a legend entry in a colour that stands for no kind
+            mark = {"size": 10, "symbol": symbol, "color": TEXT}
+            fig.add_scatter(x=[None], y=[None], mode="markers", marker=mark, name=plain(group))
+    names = ["unperturbed", *(plain(segment.removeprefix(_PERTURB)) for segment in segments)]
+    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])
     fig.update_xaxes(**metric_axis(summary))
     caption = (
-        f"{INTERVAL}; pale: one trial each, a draw of tokens for every question. Dashed: the same model, "
+        f"{INTERVAL}; pale: one trial each, a draw of tokens for every question. Lines: the same model, "
         "unperturbed."
     )
-    return finished(fig, _finding(summary, segments), caption, 90 * max(1, len(segments)) + 70)
+    return finished(fig, _finding(summary, segments), caption, 70 * len(names) + 60)
 
 
 def _beside(trial: int) -> float:
