@@ -88,11 +88,14 @@ def evaluation_page(summary: Summary) -> Page:
     content: list[Any] = sorted(drawn, key=lambda one: one.layout.title.text.replace("<br>", " ") != title)
     if capability_changes(summary):
         content.append(capability_cost(summary))
-    several = {row["metric"] for row in summary["rows"] if row["group"] != "all"}
-    first = [row for row in summary["rows"] if row["group"] == "all" or row["metric"] not in several]
-    content.append(_metrics_table(first, "Every metric"))
-    if rest := [row for row in summary["rows"] if row not in first]:
-        content.append(_metrics_table(rest, "Every metric by group", closed=True))
+    together = {row["metric"] for row in summary["rows"] if row["group"] == "all"}
+    for heading, by_group in (("Every metric", False), ("Every metric by group", True)):
+        rows = [
+            row
+            for row in summary["rows"]
+            if by_group == (row["group"] != "all" and row["metric"] in together)
+        ]
+        content += [_metrics_table(rows, heading, closed=by_group)] if rows else []
     return Page(
         title,
         content,
@@ -121,7 +124,11 @@ def _metrics_table(rows: Sequence[Row], title: str, *, closed: bool = False) -> 
 
 def _headline(summary: Summary) -> str:
     """The title of the metric with the clearest comparison, lengths and capabilities last."""
-    tested = [row for row in summary["rows"] if row.get("versus") or row.get("wording")]
+    tested = [
+        row
+        for row in summary["rows"]
+        if (row.get("versus") or row.get("wording")) and row["group"] in shown_groups(summary, row["metric"])
+    ]
     if not tested:
         return as_text(f"{len(summary['conditions'])} conditions, nothing to compare")
 

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from emmech.report_answers import answers_part
 from emmech.report_page import Html, PageTable, as_text, blocks, definitions, folded, shell
 from emmech.report_runs import Run, Skipped
-from emmech.results import REPORT, replace_text
+from emmech.results import REPORT, Record, replace_text
 
 
 def write_overview(folder: str | Path, runs: Sequence[Run], skipped: Sequence[Skipped] = ()) -> Path:
@@ -24,13 +24,13 @@ def write_overview(folder: str | Path, runs: Sequence[Run], skipped: Sequence[Sk
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     specs: list[Mapping[str, Any]] = []
-    answered = [run for run in runs if any(one["questions"] for one in run.answers)]
-    lists = [one for run in answered for one in run.answers if one["questions"]]
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1 id="overview">{title}</h1>', *blocks([_overview(runs), *_skipped(skipped)], specs)]
+    lists: list[Record] = []
     for number, run in enumerate(runs):
-        first = lists.index(next(o for o in run.answers if o["questions"])) if run in answered else None
-        parts.append(_section(run, number, first, specs))
+        shown = [one for one in run.answers if one["questions"]]
+        parts.append(_section(run, number, len(lists) if shown else None, specs))
+        lists += shown
     parts.append(answers_part(lists))
     replace_text(place / REPORT, shell(title, "\n".join(parts), specs))
     return place / REPORT
@@ -73,7 +73,10 @@ def _skipped(skipped: Sequence[Skipped]) -> list[PageTable]:
 
 
 def _section(run: Run, number: int, answers: int | None, specs: list[Mapping[str, Any]]) -> str:
-    """A run's finding, figures, and on demand its tables, words and origin."""
+    """A run's finding, figures, and on demand its tables, words and origin.
+
+    ``answers`` is the number of its first list of answers; None where there is none.
+    """
     page = run.page
     version = run.version and f"emmech {run.version}"
     about = " · ".join(map(as_text, filter(None, (run.what, run.models, run.n, run.date, version))))

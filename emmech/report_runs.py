@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, RunError
 from emmech.figures import Summary
 from emmech.report import conditions_page
 from emmech.report_answers import answers_of
@@ -37,7 +37,7 @@ from emmech.results import RUN, SUMMARY, Record, read_json, read_lines, read_res
 METRICS, DONE, DIRECTION = "metrics.jsonl", "done.json", "emmech.direction"
 MOST_ANSWERS = 4000
 """Of one run on a page of many; further questions are left to the run's own page."""
-_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError)
 """What a file raises that has another form than this version writes."""
 
 
@@ -99,11 +99,14 @@ def _conditions(file: Path) -> Record:
 
 def _direction(file: Path) -> Record:
     import numpy as np
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "numpy") as opened:
-        about = json.loads((opened.metadata() or {})[DIRECTION])
-        lengths = np.linalg.norm(opened.get_tensor("vectors"), axis=-1).tolist()
+    try:
+        with safe_open(file, "numpy") as opened:
+            about = json.loads((opened.metadata() or {})[DIRECTION])
+            lengths = np.linalg.norm(opened.get_tensor("vectors"), axis=-1).tolist()
+    except SafetensorError as error:
+        raise RunError(f"a direction in '{file}'", str(error), "Fit it again") from error
     columns = zip(lengths, about["reliability"], about["p"], strict=True)
     rows = [
         {"layer": layer, "length": length, "reliability": reliability, "p": p}
@@ -181,7 +184,9 @@ def _files(place: Path) -> Iterable[tuple[Path, Path | None]]:
         yield place, None if is_running else known
         return
     for inside in sorted(place.iterdir()):
-        if (inside.is_dir() and not inside.name.startswith(".")) or inside.suffix == ".safetensors":
+        loops = inside.is_symlink() and place.resolve().is_relative_to(inside.resolve())
+        hidden = inside.name.startswith(".")
+        if not loops and not hidden and (inside.is_dir() or inside.suffix == ".safetensors"):
             yield from _files(inside)
 
 
@@ -196,7 +201,7 @@ def _is_direction(file: Path) -> bool:
 
 def _read(place: Path, file: Path | None) -> Run:
     if file is None:
-        raise EmmechError("a finished run", "it has no result yet", "Start it again to finish it")
+        raise RunError("a finished run", "it has no result yet", "Start it again to finish it")
     kind = KINDS.get(file.name, _FOUND)
     summary = kind.read(file)
     page = kind.page(summary)

@@ -71,6 +71,15 @@ def test_what_is_unknown_unfinished_or_damaged_is_named_with_a_reason(study, tmp
     assert "it has no result yet" in reasons["running"]
 
 
+def test_a_damaged_direction_and_a_link_that_goes_round_are_no_traceback(tmp_path):
+    whole = run_folders.direction(tmp_path / "shift.safetensors").read_bytes()
+    (tmp_path / "shift.safetensors").write_bytes(whole[:-4])
+    (tmp_path / "round").symlink_to(tmp_path)
+    runs, skipped = read_runs([tmp_path])
+    assert runs == []
+    assert [one.reason.startswith("expected a direction in") for one in skipped] == [True]
+
+
 def test_the_overview_says_what_each_run_is_of_and_found(study):
     runs = {run.what: run for run in read_runs([study])[0]}
     test = runs["Piggyback test"]

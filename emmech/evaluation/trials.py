@@ -11,13 +11,13 @@ from emmech.results import Record
 
 
 def by_trial(records: Sequence[Record], measure: Detector) -> list[Record]:
-    """One row per condition, group and trial, with its mean; none of answers without a trial."""
-    found: dict[tuple[str, str, int], list[tuple[float | None, str]]] = {}
-    if measure.unit is not None:
-        for record in records:
-            if "trial" in record:
-                key = (record["condition"], record["group"], record["trial"])
-                found.setdefault(key, []).append((measure(record["response"]), record["question_id"]))
+    """One row per condition, group and trial, with its mean; answers without trial or value are left out."""
+    found: dict[tuple[str, str, int], list[tuple[float, str]]] = {}
+    for record in records:
+        value = measure(record["response"]) if "trial" in record else None
+        if value is not None:
+            key = (record["condition"], record["group"], record["trial"])
+            found.setdefault(key, []).append((value, record["question_id"]))
     return [
         dict(zip(("condition", "group", "trial"), key, strict=True))
         | clustered_mean(*map(list, zip(*values, strict=True)), unit=measure.unit).to_json()
