@@ -37,7 +37,8 @@ def of_tokens(segments: Mapping[str, Sequence[str]]) -> str:
     for name, texts in segments.items():
         shown = "|".join(map(_text, texts))
         look = f"background:rgba({_TINTS[name]},.2);font-family:monospace;padding:.1em .3em"
-        lines.append(f'<div>{name} ({len(texts)} tokens)<br><span style="{look}">{shown}</span></div>')
+        count = _counted(len(texts), "token")
+        lines.append(f'<div>{name} ({count})<br><span style="{look}">{shown}</span></div>')
     return "".join(lines)
 
 
@@ -46,7 +47,7 @@ def _one(table: Table) -> str:
     rows = list(zip(*columns, strict=True))
     head = "".join(f"<th {_CELL}>{_text(plain_cell(column.header))}</th>" for column in table.columns)
     title = f"<b>{_text(plain_cell(table.title))}</b>" if table.title else ""
-    notes = [f"and {len(rows) - MOST_ROWS} more rows"] if len(rows) > MOST_ROWS else []
+    notes = [f"and {_counted(len(rows) - MOST_ROWS, 'more row')}"] if len(rows) > MOST_ROWS else []
     notes += [plain_cell(table.caption)] if table.caption else []
     told = "".join(f"<div {_SOFT}>{_text(note)}</div>" for note in notes)
     body = f"<table><thead><tr>{head}</tr></thead><tbody>{_rows(rows[:MOST_ROWS])}</tbody></table>"
@@ -60,6 +61,10 @@ def plain_cell(cell: Any) -> str:
 
 def _rows(rows: Iterable[Sequence[Any]]) -> str:
     return "".join(f"<tr>{''.join(f'<td {_CELL}>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _text(value: Any) -> str:
