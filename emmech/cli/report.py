@@ -32,9 +32,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.html and images.")] = Path("report"),
     images: Annotated[
         Image | None,
-        typer.Option(
-            help="Also every figure as a file, on white; but for html it needs kaleido and a browser."
-        ),
+        typer.Option(help="Also every figure as a file, on white; all but html need kaleido and a browser."),
     ] = None,
     size: Annotated[Width, typer.Option(help="Of images.")] = Width.print,
 ) -> None:
