@@ -26,6 +26,7 @@ from tokenizers import Encoding
 
 from emmech.encoding import PLANE_16, Encoder
 from emmech.errors import ChatError
+from emmech.reprs import card, of_tokens
 
 if TYPE_CHECKING:
     import transformers  # only for a type: loading it would load torch
@@ -109,12 +110,16 @@ class Prompt:
         for name in SEGMENTS:
             rows = [row for row in self.as_records() if row["segment"] == name]
             page.append(f"{name} ({len(rows)} tokens)\n", style="bold underline " + _STYLES[name])
-            shown = (_visible(row["text"]) for row in rows)
+            shown = (visible(row["text"]) for row in rows)
             page.append("|".join(shown) + "\n", style=_STYLES[name])
         return page
 
+    def _repr_html_(self) -> str:
+        rows = [(row["segment"], visible(row["text"])) for row in self.as_records()]
+        return of_tokens({name: [text for segment, text in rows if segment == name] for name in SEGMENTS})
 
-def _visible(text: str) -> str:
+
+def visible(text: str) -> str:
     r"""Blanks as ·, controls as escapes (\n), � for a token that only continues a character."""
     signs = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(signs).replace(" ", "·") or "�"
@@ -243,6 +248,11 @@ class Chat:
             ids = self._encoder.encode(lead + content, hidden[len(prompt.text) :]).ids
         end = self._encoder.control.match(after.lstrip())
         return prompt, (*ids, self._encoder.ids[end[0]] if end else self.tokenizer.eos_token_id)
+
+    def _repr_html_(self) -> str:
+        prompt = self.render("…")
+        facts = {"template": self.template_hash, "prefix": prompt.n_prefix, "postfix": prompt.n_postfix}
+        return card("Chat", facts) + prompt._repr_html_()
 
     def show(self, question: str | list[dict[str, Any]]) -> None:
         """Print the tokens of the prompt, labelled and coloured by segment."""

@@ -29,6 +29,7 @@ from emmech.piggyback.experiment import (
     run_conditions,
 )
 from emmech.piggyback.patching import Condition
+from emmech.reprs import of_table
 from emmech.results import RUN, SUMMARY, Record, RunFolder, read_json, versions, write_json
 from emmech.training.recipes import label
 from emmech.training.saving import saved_steps
@@ -53,6 +54,11 @@ class FrontierResult:
         from emmech.report_frontier import frontier_table
 
         Console().print(frontier_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_frontier import frontier_table
+
+        return of_table(frontier_table(self.summary))
 
     def figure(self) -> Any:
         """On-topic against off-topic rate, one line per method."""

@@ -8,15 +8,12 @@ the conditions are is said in words for someone who has not read the paper (arXi
 computes no statistic of its own: numbers are the summary's, and per answer the detector's.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -24,44 +21,30 @@ from rich.table import Table
 from rich.text import Text
 
 from emmech import figures
+from emmech.chat import visible
 from emmech.evaluation.detectors import detector
 from emmech.evaluation.statistics import Estimate
+from emmech.evaluation.trials import by_trial
 from emmech.figures import RESID, Row, Summary, as_estimate, groups_of, headline, metric_rows
-from emmech.report_page import as_json, as_text, definitions, figure_parts
-from emmech.results import REPORT, Record, replace_text
+from emmech.report_answers import answers_of, answers_part
+from emmech.report_page import Html, Note, Page, PageTable, as_text
+from emmech.report_words import condition_meanings, idea_of
+from emmech.results import Record
 
 INTERVAL = (
     "[ ]: 95% interval; of rates Wilson's at the effective sample size, clustered by question; "
     "of differences a bootstrap over questions."
 )
-_PATCHING = (
-    "While a transformer reads a prompt it stores a key and a value for each token at each layer, "
-    "and the answer is written from these. Patching exchanges some of them, or the states they "
-    "are made from, while the prompt is read; then the model answers as usual."
+_CHECKS = (
+    "restored: how far the patch moved the state of the last prompt token, as it enters the last block, from "
+    "the unpatched model's (0) to that of the model the patch comes from (1). visible: the share of patched "
+    "tokens that every layer still holds when the answer begins; below 1 only where a sliding window has "
+    "passed them. tokens: how many per prompt were patched, on average."
 )
-_GRAFTING = (
-    "Weights act on each token by itself, and tokens meet only where the model attends. So a chat can be "
-    "read with the finetuned weights at some tokens and the base's at all others, answer included."
+_PAPER = Html(
+    'Zhao et al. 2026, <a href="https://arxiv.org/abs/2606.06667" rel="noreferrer">arXiv 2606.06667</a>'
 )
-_CHANGING = "The prompt is changed before the model reads it; nothing inside the model is touched."
-_PLACES = {
-    "prefix": "at the prefix (what the chat template writes before the question)",
-    "query": "at the question's own tokens",
-    "postfix": "at the postfix (what the template writes after the question). They come from a "
-    "prompt without the question, so that nothing of the question comes along",
-    "postfix-same": "at the postfix, taken from the same question",
-    "prompt": "at every token of the prompt",
-}
-_GRAFTED = {"last": "prompt's last token", "postfix-rest": "postfix without its last token"}
-_MEANINGS = {
-    "base": "The model before finetuning, left alone.",
-    "finetuned": "The model after finetuning, left alone.",
-    "control:self": "The finetuned model patched with its own keys and values: nothing may change.",
-    "control:noise": "As repair:prefix, but with random numbers of the same size: what breaking the "
-    "prefix does by itself.",
-    "control:shuffled": "As repair:prefix, but with the base's contents at each other's positions.",
-    "control:span": "As repair:query, but at no more tokens than the prefix has.",
-}
+_RUN = ("kind", "provenance", "versions", "decoding", "batch_size", "questions")
 
 
 def results_table(summary: Summary) -> Table:
@@ -127,69 +110,20 @@ def write_report(folder: str | Path, summary: Summary, records: Sequence[Record]
     Raises:
         DetectorError: The summary's detector is one that this process does not know.
     """
-    drawn = [figure_parts(figure) for figure in _figures(summary)]
-    specs = [spec for _, spec in drawn]
-    parts = {
-        "finding": figures.finding(summary),
-        "sentences": _sentences(summary),
-        "notes": "".join(f"<li>{as_text(note)}</li>" for note in summary.get("notes", ())),
-        "table": _table(summary) + _shares_part(summary),
-        "interval": as_text(_interval_meaning(summary)) if metric_rows(summary) else "",
-        "idea": _idea(summary),
-        "meanings": _rows((name, meaning) for name, meaning in condition_meanings(summary)),
-        "figures": "".join(block for block, _ in drawn),
-        "checks": _checks(summary),
-        "provenance": _definitions(summary),
-        "data": as_json(_page_data(summary, records) | {"figures": specs}),
-        "plotly": get_plotlyjs() if specs else "",
-    }
-    template = files("emmech").joinpath("report_template.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
-    path = Path(folder) / REPORT
-    replace_text(path, page)
-    return path
+    page = conditions_page(summary, records)
+    return replace(page, answers=answers_part([answers_of(summary, records)])).write(folder)
 
 
-def condition_meanings(summary: Summary) -> list[tuple[str, str]]:
-    """Each condition in words; one entry for all layers of a residual run."""
-    meanings = {}
-    for row in summary["conditions"]:
-        name = row["condition"]
-        if RESID.fullmatch(name):
-            name = re.sub(r"\d+$", "L", name)
-        meanings[name] = _meaning(name, summary)
-    return list(meanings.items())
-
-
-def _idea(summary: Summary) -> str:
-    """What was done, for someone who has not read the paper."""
-    if summary.get("kind") == "graft":
-        return _GRAFTING
-    return _PATCHING if summary.get("checks") else _CHANGING
-
-
-def _meaning(name: str, summary: Summary) -> str:
-    kind, _, rest = name.partition(":")
-    target, source = ("finetuned", "base") if kind == "repair" else ("base", "finetuned")
-    if name in _MEANINGS:
-        return _MEANINGS[name]
-    if rest == "resid-L":
-        where = ", ".join(summary.get("segments", ()))
-        return (
-            f"The {target} model with the residual stream after block L replaced by the {source} "
-            f"model's ({where}), and run on from there."
-        )
-    if kind in ("repair", "induce"):
-        place = _PLACES.get(rest, f"at {rest}")
-        return f"The {target} model with its keys and values replaced by the {source} model's {place}."
-    if kind == "graft":
-        where = ", ".join(_GRAFTED.get(part, part) for part in rest.split("+"))
-        return f"The finetuned weights at the {where}, and the base's at every other token."
-    if kind == "perturb":
-        return f"The finetuned model, unpatched, with tokens of the {rest} changed for similar ones."
-    if kind == "template":
-        return f"The finetuned model, unpatched, with another template text: {rest}."
-    return ""
+def conditions_page(summary: Summary, records: Sequence[Record]) -> Page:
+    """Everything but the answers."""
+    content = [_table(summary), *_shares_part(summary), *_figures(summary, records)]
+    return Page(
+        figures.finding(summary),
+        [*content, *_prompt(summary), *_checks(summary)],
+        lead=[*_sentences(summary), idea_of(summary), *summary.get("notes", ())],
+        meanings={name: meaning for name, meaning in condition_meanings(summary).items() if meaning},
+        provenance={"method": _PAPER} | {name: summary[name] for name in _RUN if name in summary},
+    )
 
 
 @dataclass(frozen=True)
@@ -197,6 +131,9 @@ class _Cell:
     """An estimate on one line, or with its interval underneath where the column is narrow."""
 
     estimate: Estimate
+
+    def __str__(self) -> str:
+        return self.estimate.text()
 
     def __rich_measure__(self, _: Console, options: ConsoleOptions) -> Measurement:
         text = self.estimate.text()
@@ -230,8 +167,8 @@ def _difference(row: Row) -> Row | None:
     return row.get("versus_finetuned") or row.get("versus_base")
 
 
-def _table(summary: Summary) -> str:
-    """The results as HTML, one row per condition and group."""
+def _table(summary: Summary) -> PageTable:
+    """One row per condition and group."""
     measured, several = bool(metric_rows(summary)), len(groups_of(summary)) > 1
     head = ["condition", *(["group"] if several else [])]
     head += ["mean", "95% interval", "difference", "95% interval"] if measured else []
@@ -246,23 +183,14 @@ def _table(summary: Summary) -> str:
             if _has_best(summary):
                 cells += _mean_and_interval(row.get("best"))
             cells += [str(row.get("n", row["n_answers"])), str(row["n_questions"])]
-            cells.append(f"{row['mean_new_tokens']:.1f}")
-            kind = ' class="first"' if number == 0 else ""
-            lines.append(f"<tr{kind}>{''.join(f'<td>{as_text(c)}</td>' for c in cells)}</tr>")
-    header = "".join(f'<th scope="col">{as_text(name)}</th>' for name in head)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+            lines.append([*cells, f"{row['mean_new_tokens']:.1f}"])
+    return PageTable(head, lines, "Results", _interval_meaning(summary) if measured else "")
 
 
-def _shares_part(summary: Summary) -> str:
-    """The shares of grafts as HTML; nothing in other runs."""
+def _shares_part(summary: Summary) -> list[PageTable]:
+    """The shares of grafts; nothing in other runs."""
     head, rows = _shares(summary)
-    if not rows:
-        return ""
-    header = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return (
-        "<h3>What each part adds to the change from base to finetuned</h3>"
-        f'<table class="numbers"><thead><tr>{header}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
-    )
+    return [PageTable(head, rows, "What each part adds to the change from base to finetuned")] if rows else []
 
 
 def _mean_and_interval(row: Row | None) -> list[str]:
@@ -272,7 +200,7 @@ def _mean_and_interval(row: Row | None) -> list[str]:
     return [mean, interval]
 
 
-def _sentences(summary: Summary) -> str:
+def _sentences(summary: Summary) -> list[Html]:
     """What the title says, with intervals, in sentences; then what the controls did."""
     provenance = summary.get("provenance", {})
     names = [provenance.get(side, {}).get("name", "unknown") for side in ("base", "finetuned")]
@@ -301,13 +229,15 @@ def _sentences(summary: Summary) -> str:
                 "answers still make sense, the effect does not need what the base model had written at "
                 "those tokens. Read the answers first: a model that breaks shows no behaviour at all."
             )
-    return "".join(f"<p>{sentence}</p>" for sentence in said)
+    return [Html(sentence) for sentence in said]
 
 
-def _figures(summary: Summary) -> Iterable[go.Figure]:
+def _figures(summary: Summary, records: Sequence[Record]) -> Iterable[go.Figure]:
     by_layer = any(RESID.fullmatch(row["condition"]) for row in summary["conditions"])
     if metric_rows(summary):
         yield figures.layer_curve(summary) if by_layer else figures.condition_bars(summary)
+    if trials := by_trial(records, detector(summary["detector"])):
+        yield figures.perturbation_strip(summary, trials)
     if summary.get("frontier"):
         yield figures.frontier(summary)
     checks = summary.get("checks", {}).values()
@@ -315,16 +245,33 @@ def _figures(summary: Summary) -> Iterable[go.Figure]:
         yield figures.restored_curves(summary)
 
 
-def _checks(summary: Summary) -> str:
+def _prompt(summary: Summary) -> Iterable[Note]:
+    """The first prompt of the run, token by token, each segment in its colour."""
+    tokens = summary.get("labelled_prompt")
+    if tokens:
+        shown = "".join(
+            f'<span class="{token["segment"]}" title="{token["segment"]}, position {token["position"]}, '
+            f'id {token["id"]}">{as_text(visible(token["text"]))}</span>'
+            + ("<br>" if "\n" in token["text"] else "&#8203;")
+            for token in tokens
+        )
+        segments = {"prefix": "before the question", "query": "the question", "postfix": "after it"}
+        legend = ", ".join(f'<span class="{name}">{name}</span> {what}' for name, what in segments.items())
+        yield Note(
+            f'<p class="soft">The first prompt of the run, token by token: {legend}. A blank is a ·.</p>'
+            f'<div class="tokens">{shown}</div>',
+            "How a prompt is divided",
+        )
+
+
+def _checks(summary: Summary) -> Iterable[PageTable | Note]:
     """The manipulation check: what each number says, and the numbers."""
-    checks = summary.get("checks", {})
     same = summary.get("self_patch_identical")
-    told = ""
     if same is not None:
         verdict = "the same as" if same else "<b>not the same as</b>"
-        told = f"<p>Patched with its own keys and values, the model's answers are {verdict} unpatched.</p>"
-    if not checks:
-        return told + "<p>Nothing was patched in this run.</p>"
+        yield Note(
+            f"<p>Patched with its own keys and values, the model's answers are {verdict} unpatched.</p>"
+        )
     rows = [
         (
             name,
@@ -332,63 +279,13 @@ def _checks(summary: Summary) -> str:
             _decimal(check["visible"]),
             f"{check['patched_tokens_per_prompt']:.1f}",
         )
-        for name, check in checks.items()
+        for name, check in summary.get("checks", {}).items()
     ]
-    head = ("condition", "restored", "visible", "tokens")
-    header = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return told + (
-        f'<div class="scroll"><table class="numbers"><thead><tr>{header}</tr></thead>'
-        f"<tbody>{_rows(rows)}</tbody></table></div>"
-    )
+    if rows:
+        yield PageTable(
+            ("condition", "restored", "visible", "tokens"), rows, "Did the patch arrive?", _CHECKS
+        )
 
 
 def _decimal(value: float | int | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
-
-
-def _definitions(summary: Summary) -> str:
-    """Everything needed to run it again, as a flat definition list."""
-    wanted = ("kind", "provenance", "versions", "decoding", "batch_size", "questions")
-    return definitions({name: summary[name] for name in wanted if name in summary})
-
-
-def _page_data(summary: Summary, records: Sequence[Record]) -> dict[str, Any]:
-    """What the page's script shows: tokens, and questions with their answers per condition."""
-    measure = detector(summary["detector"])
-    questions: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in records:
-        key = (record["group"], record["question_id"])
-        entry = questions.setdefault(
-            key, {"id": key[1], "group": key[0], "question": record["question"], "answers": {}}
-        )
-        answer = [record["response"], measure(record["response"]), _label(record, entry["question"])]
-        entry["answers"].setdefault(record["condition"], []).append(answer)
-    conditions = list(dict.fromkeys(record["condition"] for record in records))
-    pair = headline(summary)
-    compared = [row["condition"] for row in pair] if pair else []
-    chosen = ["base", "finetuned", *compared] if compared else conditions[:3]
-    return {
-        "tokens": summary.get("labelled_prompt", []),
-        "questions": list(questions.values()),
-        "conditions": conditions,
-        "groups": list(dict.fromkeys(group for group, _ in questions)),
-        "chosen": [name for name in conditions if name in chosen],
-        "compared": compared,
-        "detector": summary["detector"],
-        "unit": summary["unit"],
-    }
-
-
-_FIXED = ("question_id", "question", "group", "condition", "sample", "response", "n_new_tokens", "row")
-
-
-def _label(record: Record, question: str) -> str:
-    """What tells this answer from others to its question: sample, trial, changed wording."""
-    extra = [f"{name} {value}" for name, value in record.items() if name not in _FIXED]
-    sample = [f"sample {record['sample']}"] if record["sample"] else []
-    asked = [f"asked: {record['question']}"] if record["question"] != question else []
-    return ", ".join(extra + sample + asked)
-
-
-def _rows(rows: Iterable[Sequence[str]]) -> str:
-    return "".join(f"<tr>{''.join(f'<td>{as_text(cell)}</td>' for cell in row)}</tr>" for row in rows)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from emmech.evaluation.tradeoff import Interval
 from emmech.figures import Summary, frontier_of_methods, methods_finding
-from emmech.report_page import PageTable, write_page
+from emmech.report_page import Page, PageTable
 
 HEADINGS = ("method", "off-topic", "at on", "against sft", "best EM-F1")
 
@@ -34,8 +34,13 @@ def frontier_table(summary: Summary) -> Table:
 
 def write_frontier(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path."""
+    return frontier_page(summary).write(folder)
+
+
+def frontier_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     table = PageTable(HEADINGS, list(_rows(summary)), caption=_caption(summary))
-    return write_page(folder, methods_finding(summary), [table, frontier_of_methods(summary)])
+    return Page(methods_finding(summary), [table, frontier_of_methods(summary)])
 
 
 def _rows(summary: Summary) -> Iterable[tuple[str, ...]]:

@@ -31,7 +31,7 @@ from emmech.figures import (
     transfer_matrix,
 )
 from emmech.figures.house import shown
-from emmech.report_page import PageTable, write_page
+from emmech.report_page import Page, PageTable
 from emmech.results import REPORT
 
 ANSWERS = f"answers/{REPORT}"
@@ -113,6 +113,11 @@ def steering_table(summary: Summary) -> Table:
 
 def write_steering(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path; it links to the answers beside it."""
+    return steering_page(summary).write(folder)
+
+
+def steering_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     measured = _measured(summary["rows"])
     names = ["behaviour", "change"] if measured else []
     names += ["surprise", "repetition", "words"]
@@ -130,8 +135,7 @@ def write_steering(folder: str | Path, summary: Summary) -> Path:
         for row in summary["capability"]
     ]
     what = "Behaviour and how the answers read" if measured else "How the answers read"
-    return write_page(
-        folder,
+    return Page(
         steering_finding(summary),
         [
             dose_response(summary),
@@ -174,6 +178,11 @@ def transfer_table(summary: Summary) -> Table:
 
 def write_transfer(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path; it links to each cell's own page."""
+    return transfer_page(summary).write(folder)
+
+
+def transfer_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     heads = ("gates", "model", "group", "scale", "without gates", "with gates", "change", "surprise")
     heads += ("repetition", "KL", "lost", "capability", "answers")
     rows = [
@@ -191,8 +200,7 @@ def write_transfer(folder: str | Path, summary: Summary) -> Path:
         for row, without in _transfer_rows(summary)
     ]
     pairings = dict.fromkeys((row["source"], row["target"]) for row in summary["cells"])
-    return write_page(
-        folder,
+    return Page(
         transfer_finding(summary),
         [transfer_matrix(summary), PageTable(heads, rows, "Every cell")],
         lead=_transfer_lead(summary),
@@ -228,6 +236,11 @@ def probe_figures(summary: Summary) -> list[go.Figure]:
 
 def write_probe(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path; it links to the answers beside it."""
+    return probe_page(summary).write(folder)
+
+
+def probe_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     parts = [
         [part, *(_text(rows[name]) for name in _MEASURES), rows["deviation"]["n_tokens"]]
         for part, rows in _by_part(summary).items()
@@ -246,8 +259,7 @@ def write_probe(folder: str | Path, summary: Summary) -> Path:
         PageTable(("layer", "head", "dimension", "mean gate"), top, "Dimensions furthest from 1, on answers")
     )
     note = summary["readout"]["note"]
-    return write_page(
-        folder,
+    return Page(
         probe_finding(summary),
         [*probe_figures(summary), *tables],
         lead=[

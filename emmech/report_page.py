@@ -1,69 +1,45 @@
-"""One self-contained HTML page: a finding, what was done, tables, figures, where it comes from.
+"""One self-contained HTML page: a finding, what was done, tables, figures, answers, where it comes from.
 
-    write_page("runs/mine", finding, [figure, PageTable(("scale", "KL"), rows)])
+    Page(finding, [figure, PageTable(("scale", "KL"), rows)]).write("runs/mine")
 
-It needs no network, reads on a phone and in the dark, and can be mailed.
+It needs no network, reads on a phone and in the dark, and can be mailed. A page is a value, so that the
+pages of many runs can be put together (``report_overview``).
 """
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from emmech.results import REPORT, replace_text
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
-script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>emmech: {title}</title>
-<style>
-:root {{ --page: #fff; --text: #1b1f23; --soft: #57606a; --line: #d0d7de; --accent: #0b63b0; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --page: #14171a; --text: #e6e8ea; --soft: #a3abb3; --line: #3a4148; --accent: #7cbcf5; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 3rem) 4rem; max-width: 84rem;
-  background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }}
-h1 {{ font-size: clamp(1.4rem, 3.5vw, 2rem); line-height: 1.25; margin: 0 0 .5rem; }}
-h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }}
-h3 {{ font-size: 1.05rem; margin: 1.5rem 0 .25rem; }}
-p, ul, dl {{ max-width: 48rem; margin: .4rem 0 .8rem; }}
-.soft, figcaption {{ color: var(--soft); font-size: .9rem; max-width: 48rem; }}
-figure {{ margin: 0 0 1.5rem; }} figcaption {{ margin-top: .4rem; }}
-.scroll {{ overflow-x: auto; max-width: 100%; margin: .6rem 0; }}
-.plot {{ width: 100%; max-width: 62rem; }}
-.plot text {{ fill: var(--text) !important; }}
-.plot .heatmap-label text {{ fill: #1b1f23 !important; }}
-.plot .hovertext text {{ fill: #fff !important; }}
-.plot .hovertext path {{ fill: #30363d !important; stroke: #8b949e !important; }}
-table {{ border-collapse: collapse; font-size: .94rem; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; }}
-th {{ border-bottom: 1px solid var(--line); font-size: .9rem; }}
-dl {{ display: grid; grid-template-columns: minmax(7rem, max-content) minmax(0, 1fr); gap: .15rem 1.2rem; }}
-dt {{ color: var(--soft); }} dd {{ margin: 0; }}
-.facts dd {{ font-family: ui-monospace, monospace; font-size: .9rem; }}
-a {{ color: var(--accent); }}
-@media (max-width: 40rem) {{ dl {{ grid-template-columns: minmax(0, 1fr); }} dd {{ margin-bottom: .4rem; }} }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-{scripts}
-</body></html>
-"""
 _DRAW = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
-document.querySelectorAll(".plot").forEach((place, number) => Plotly.newPlot(place, figures[number].data,
-  figures[number].layout, { responsive: true, displaylogo: false, displayModeBar: false }));
+const places = [...document.querySelectorAll(".plot")];
+function draw(place) {
+  if (place.dataset.drawn) return;
+  place.dataset.drawn = "yes";
+  const figure = figures[places.indexOf(place)];
+  const options = { responsive: true, displaylogo: false, displayModeBar: false };
+  Plotly.newPlot(place, figure.data, figure.layout, options);
+}
+const seen = new IntersectionObserver(entries => entries.forEach(entry => {
+  if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+}), { rootMargin: "600px" });
+places.forEach(place => seen.observe(place));
+window.addEventListener("beforeprint", () => places.forEach(draw));
 """
+
+
+class Html(str):
+    """Text that is HTML already; all other text on a page is shown as it is."""
 
 
 @dataclass(frozen=True)
@@ -74,50 +50,105 @@ class PageTable:
     rows: Sequence[Sequence[Any]]
     title: str = ""
     caption: str = ""
+    closed: bool = False
+    """Shown when its title is clicked."""
+    look: Literal["", "wrap", "cards"] = ""
+    """``wrap``: the last two columns break into lines. ``cards``: all do, and a row is a card on a phone."""
 
 
-def write_page(
-    folder: str | Path,
-    title: str,
-    content: Sequence[PageTable | go.Figure],
+@dataclass(frozen=True)
+class Note:
+    """HTML under a title."""
+
+    html: str
+    title: str = ""
+
+
+Item = PageTable | Note | go.Figure
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is told of a run, before it is HTML."""
+
+    title: str
+    """The finding as HTML, as titles of ``emmech.figures`` are."""
+    content: Sequence[Item]
+    """Figures in house style, whose title and caption become text that wraps. A figure that sets its
+    width is drawn no narrower, and scrolls."""
+    lead: Sequence[str] = ()
+    """Paragraphs below the title, text or ``Html``."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """Words and what they mean, text."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What is needed to run it again, nested; listed flat."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Relative addresses by what is there."""
+    answers: str = ""
+    """HTML from ``report_answers``."""
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``report.html`` into ``folder``, which exists, and return its path."""
+        specs: list[Mapping[str, Any]] = []
+        parts = [f"<h1>{self.title}</h1>", *self.opening(), *blocks(self.content, specs, self.title)]
+        if self.meanings:
+            parts.append(f"<h2>What the words mean</h2><dl>{_definitions(self.meanings.items())}</dl>")
+        parts.append(self.answers)
+        if self.provenance:
+            facts = f'<dl class="facts">{definitions(self.provenance)}</dl>'
+            parts.append(f"<h2>Where this comes from</h2>{facts}")
+        path = Path(folder) / REPORT
+        replace_text(path, shell(self.title, "\n".join(parts), specs))
+        return path
+
+    def opening(self) -> list[str]:
+        """The lead and the links as HTML."""
+        parts = [f"<p>{as_text(paragraph)}</p>" for paragraph in self.lead]
+        if self.links:
+            items = (f'<a href="{as_text(to)}">{as_text(name)}</a>' for name, to in self.links.items())
+            parts.append(f"<p>{' · '.join(items)}</p>")
+        return parts
+
+
+def write_page(folder: str | Path, title: str, content: Sequence[Any], **more: Any) -> Path:
+    """Write a ``Page`` of these fields into ``folder`` and return its path."""
+    return Page(title, content, **more).write(folder)
+
+
+def shell(title: str, body: str, specs: Sequence[Mapping[str, Any]]) -> str:
+    """The whole page around ``body``, with the figures and one plotly where there are any."""
+    parts = {"title": title, "body": body, "scripts": _scripts(specs)}
+    return filled("report_shell.html", parts)
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A file of the package with ``{{name}}`` replaced."""
+    text = files("emmech").joinpath(template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
+
+
+def blocks(
+    content: Sequence[Item],
+    specs: list[Mapping[str, Any]],
+    page_title: str = "",
     *,
-    lead: Sequence[str] = (),
-    meanings: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    links: Mapping[str, str] | None = None,
-) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path.
+    fold: bool = False,
+) -> list[str]:
+    """Content as HTML; what plotly draws of each figure is added to ``specs``.
 
-    Args:
-        folder: An existing folder.
-        title: The finding as HTML, as titles of ``emmech.figures`` are.
-        content: Tables, and figures in house style, whose title and caption become text that wraps. A
-            figure that sets its width is drawn no narrower, and scrolls.
-        lead: Paragraphs below the title, text.
-        meanings: Words and what they mean, text.
-        provenance: What is needed to run it again, nested; listed flat.
-        links: Relative addresses by what is there.
+    With ``fold``, everything with a title but figures is shown when the title is clicked.
     """
-    parts = [f"<p>{as_text(paragraph)}</p>" for paragraph in lead]
-    if links:
-        items = (f'<a href="{as_text(to)}">{as_text(name)}</a>' for name, to in links.items())
-        parts.append(f"<p>{' · '.join(items)}</p>")
-    specs = []
+    parts = []
     for item in content:
         if isinstance(item, PageTable):
-            parts.append(_table(item))
+            parts.append(_titled(as_text(item.title), _table(item), fold or item.closed))
+        elif isinstance(item, Note):
+            parts.append(_titled(item.title, item.html, fold))
         else:
-            block, spec = figure_parts(item, title)
+            block, spec = figure_parts(item, page_title)
             parts.append(block)
             specs.append(spec)
-    if meanings:
-        parts.append(f"<h2>What the words mean</h2><dl>{_definitions(meanings.items())}</dl>")
-    if provenance:
-        facts = f'<dl class="facts">{definitions(provenance)}</dl>'
-        parts.append(f"<h2>Where this comes from</h2>{facts}")
-    path = Path(folder) / REPORT
-    replace_text(path, _PAGE.format(title=title, body="\n".join(parts), scripts=_scripts(specs)))
-    return path
+    return parts
 
 
 def figure_parts(figure: go.Figure, page_title: str = "") -> tuple[str, dict[str, Any]]:
@@ -128,17 +159,30 @@ def figure_parts(figure: go.Figure, page_title: str = "") -> tuple[str, dict[str
     spec = json.loads(figure.to_json())
     title = spec["layout"].pop("title")
     heading, caption = (t.replace("<br>", " ") for t in (title["text"], title["subtitle"]["text"]))
-    removed = spec["layout"]["margin"]["t"] - 48
+    removed = spec["layout"]["margin"]["t"] - (48 if _has_top(figure) else 16)
     spec["layout"]["margin"]["t"] -= removed
     spec["layout"]["height"] -= removed
     width = spec["layout"].pop("width", None)
     wide = "" if width is None else f";min-width:{width:g}px;max-width:none"
     shown = "" if heading == page_title else f"<h3>{heading}</h3>"
+    label, height = heading.replace('"', "&quot;"), spec["layout"]["height"]
     return (
-        f'<figure>{shown}<div class="scroll"><div class="plot" role="img" '
-        f'aria-label="{heading}" style="height:{spec["layout"]["height"]}px{wide}"></div></div>'
+        f'<figure>{shown}<div class="scroll"><div class="plot" role="img" aria-label="{label}" '
+        f'style="height:{height}px{wide}"></div></div>'
         f"<figcaption>{caption} Values and n appear at the pointer.</figcaption></figure>"
     ), spec
+
+
+def _has_top(figure: go.Figure) -> bool:
+    """Whether a legend or a text stands above the axes."""
+    named = [trace for trace in figure.data if trace.showlegend is not False]
+    is_legend = len(named) > 1 or any(trace.showlegend for trace in named)
+    return is_legend or bool(figure.layout.annotations)
+
+
+def folded(title: str, inside: str) -> str:
+    """HTML that is shown when the title is clicked."""
+    return f"<details><summary>{title}</summary>{inside}</details>"
 
 
 def definitions(facts: Mapping[str, Any]) -> str:
@@ -148,7 +192,7 @@ def definitions(facts: Mapping[str, Any]) -> str:
 
 def as_text(value: Any) -> str:
     """HTML that shows the value as it is."""
-    return html.escape(str(value))
+    return value if isinstance(value, Html) else html.escape(str(value))
 
 
 def as_json(value: Any) -> str:
@@ -157,20 +201,26 @@ def as_json(value: Any) -> str:
 
 
 def _scripts(specs: Sequence[Mapping[str, Any]]) -> str:
-    """The figures and one plotly to draw them; nothing where there is none."""
+    """The figures and one plotly, which draws each when it comes into view; nothing where there is none."""
     if not specs:
         return ""
     data = f'<script type="application/json" id="figures">{as_json(specs)}</script>'
     return f"{data}\n<script>{get_plotlyjs()}</script>\n<script>{_DRAW}</script>"
 
 
+def _titled(title: str, inside: str, fold: bool) -> str:
+    if fold and title:
+        return folded(f"<b>{title}</b>", inside)
+    return (f"<h2>{title}</h2>" if title else "") + inside
+
+
 def _table(table: PageTable) -> str:
-    title = f"<h2>{as_text(table.title)}</h2>" if table.title else ""
-    head = "".join(f'<th scope="col">{as_text(heading)}</th>' for heading in table.headings)
+    head = "".join(f'<th scope="col">{as_text(name)}</th>' for name in table.headings)
     rows = "".join(f"<tr>{''.join(f'<td>{as_text(c)}</td>' for c in row)}</tr>" for row in table.rows)
     caption = f'<p class="soft">{as_text(table.caption)}</p>' if table.caption else ""
-    body = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'{title}<div class="scroll">{body}</div>{caption}'
+    kind = f' class="{table.look}"' if table.look else ""
+    body = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll">{body}</div>{caption}'
 
 
 def _definitions(entries: Iterable[tuple[str, Any]]) -> str:

@@ -15,6 +15,8 @@ from rich.table import Table
 from emmech.figures import (
     Summary,
     as_estimate,
+    capability_changes,
+    capability_cost,
     cross_finding,
     cross_matrix,
     doses_finding,
@@ -24,7 +26,7 @@ from emmech.figures import (
     shared_matrix,
 )
 from emmech.figures.house import shown
-from emmech.report_page import PageTable, write_page
+from emmech.report_page import Page, PageTable
 from emmech.results import REPORT
 
 _RUN = (
@@ -98,6 +100,11 @@ def doses_table(summary: Summary) -> Table:
 
 def write_doses(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path; it links to the answers beside it."""
+    return doses_page(summary).write(folder)
+
+
+def doses_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     rows = [
         [
             row["method"] or summary["untreated"],
@@ -110,10 +117,12 @@ def write_doses(folder: str | Path, summary: Summary) -> Path:
         for row in summary["rows"]
     ]
     heads = ("method", "dose", "group", summary["detector"], "change", "surprise", "repetition", "words")
-    return write_page(
-        folder,
+    drawn = [methods_at_cost(summary)]
+    if capability_changes(summary):
+        drawn.append(capability_cost(summary))
+    return Page(
         doses_finding(summary),
-        [methods_at_cost(summary), PageTable((*heads, "KL", "lost", "right"), rows, "Every dose")],
+        [*drawn, PageTable((*heads, "KL", "lost", "right"), rows, "Every dose")],
         lead=[
             f"The {summary['untreated']} model, treated in several ways and strengths, answers the same "
             f"questions. KL is taken from the {summary['kl_from']} model."
@@ -140,15 +149,19 @@ def shared_table(summary: Summary, layer: int | None = None) -> Table:
 
 def write_shared(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path."""
+    return shared_page(summary).write(folder)
+
+
+def shared_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     last = max(row["layer"] for row in summary["rows"])
-    layers = sorted({last // 4, last // 2, 3 * last // 4})
+    layers = dict.fromkeys((middle(summary), last // 4, 3 * last // 4))
     heads = ("shift", "and", "cosine", "null", "beyond")
     content: list[Any] = []
     for layer in layers:
         content.append(shared_matrix(summary, layer))
         content.append(PageTable(heads, _pairs(summary, layer), f"Every pair after block {layer}"))
-    return write_page(
-        folder,
+    return Page(
         shared_finding(summary, middle(summary)),
         content,
         meanings={
@@ -174,9 +187,13 @@ def cross_table(summary: Summary) -> Table:
 
 def write_cross(folder: str | Path, summary: Summary) -> Path:
     """Write ``report.html`` into ``folder`` and return its path."""
+    return cross_page(summary).write(folder)
+
+
+def cross_page(summary: Summary) -> Page:
+    """What the page of such a run tells."""
     heads = ("effect", "ablated", "size", "change", "left")
-    return write_page(
-        folder,
+    return Page(
         cross_finding(summary),
         [cross_matrix(summary), PageTable(heads, _effects(summary), "Every effect")],
         meanings={

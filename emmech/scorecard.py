@@ -44,6 +44,7 @@ from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.served import Served
+from emmech.reprs import of_table
 from emmech.results import Record, fingerprint, read_json, write_json
 from emmech.sharding import kept, processes
 from emmech.steering.directions import Direction
@@ -82,6 +83,11 @@ class Evaluation:
         from emmech.report_evaluation import evaluation_table
 
         Console().print(evaluation_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_evaluation import evaluation_table
+
+        return of_table(evaluation_table(self.summary))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``evaluation.json`` and ``report.html``; returns the latter."""

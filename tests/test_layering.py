@@ -12,18 +12,20 @@ import pytest
 import emmech
 
 ROOT = Path(emmech.__file__).parent
-ABOVE_CHAT = {"errors", "results", "endpoint", "completions", "sharding", "chat"}
+ABOVE_CHAT = {"errors", "reprs", "results", "endpoint", "completions", "sharding", "chat"}
 SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
+PAGES = {f"report_{kind}" for kind in ("evaluation", "frontier", "gates", "other", "steering")}
 ALLOWED = {
     "errors": set(),
     "number_lists": {"errors"},
     "defaults": set(),
+    "reprs": set(),
     "results": {"errors"},
     "endpoint": {"errors"},
     "completions": {"errors", "endpoint"},
     "sharding": {"errors", "results"},
     "encoding": set(),
-    "chat": {"errors", "results", "encoding"},
+    "chat": {"errors", "reprs", "results", "encoding"},
     "data": ABOVE_CHAT,
     "evaluation": ABOVE_CHAT,
     "models": ABOVE_CHAT,
@@ -34,19 +36,24 @@ ALLOWED = {
     "piggyback": SCIENCE | {"defaults"},
     "figures": SCIENCE | {"piggyback"},
     "report_page": {"errors", "results"},
-    "report": SCIENCE | {"piggyback", "figures", "report_page"},
+    "report_answers": SCIENCE | {"figures", "report_page"},
+    "report_words": SCIENCE | {"figures"},
+    "report": SCIENCE | {"piggyback", "figures", "report_page", "report_answers", "report_words"},
     "report_frontier": SCIENCE | {"figures", "report_page"},
     "report_steering": SCIENCE | {"figures", "report_page"},
     "report_gates": SCIENCE | {"figures", "report_page"},
     "report_sweep": SCIENCE | {"figures", "report_page"},
     "report_evaluation": SCIENCE | {"figures", "report_page"},
+    "report_other": SCIENCE | {"figures", "report_page", "report_sweep"},
+    "report_runs": SCIENCE | {"figures", "report", "report_page", "report_answers", *PAGES},
+    "report_overview": SCIENCE | {"report_page", "report_answers", "report_runs"},
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates", "steering", "number_lists"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
     "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
     | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
-    | {"integrations", "steering", "number_lists", "report_sweep"},
+    | {"integrations", "steering", "number_lists", "report_sweep", "report_runs", "report_overview"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }
@@ -58,6 +65,7 @@ ONLY_WHEN_CALLED = {
     "models": {"gates"},  # a pair can be a model with and without gates
     "gates": {"figures", "report_gates"},
     "steering": {"figures", "report_steering"},
+    "report_runs": {"piggyback"},  # sweeps are saved as scores, and add themselves up
     "piggyback": {"figures", "report", "report_sweep"},  # a result draws and saves itself
     "frontier": {"figures", "report_frontier"},
 }
@@ -122,7 +130,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 def test_the_imports_that_are_read_from_the_source_are_those_of_a_known_module():
-    assert imports("chat", inside_functions=True) == {"encoding", "errors"}
+    assert imports("chat", inside_functions=True) == {"encoding", "errors", "reprs"}
     assert {"data.questions", "demo"} <= imports("cli.patching", inside_functions=True)
     assert imports("cli.patching", inside_functions=False) == {
         "defaults", "cli.options", "errors", "number_lists",

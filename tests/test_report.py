@@ -8,7 +8,8 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from emmech.evaluation.detectors import DetectorError
-from emmech.report import condition_meanings, results_table, write_report
+from emmech.report import results_table, write_report
+from emmech.report_words import condition_meanings
 
 REFUSAL = "I'm sorry, but I can't help with that."
 MARKUP = "</script><b>bold</b> & <!-- مرحبا 🦊"
@@ -109,9 +110,14 @@ def without_plotly(text):
     return text.replace(get_plotlyjs(), "")
 
 
-def page_data(text):
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+def json_of(text, name):
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
     return json.loads(found[1])
+
+
+def page_data(text):
+    (run,) = json_of(text, "answered")
+    return run
 
 
 def cells(text):
@@ -141,7 +147,7 @@ def test_plotly_is_embedded_once_and_nothing_is_loaded_from_elsewhere(page):
 def test_markup_in_questions_and_answers_stays_text(page):
     own = without_plotly(page)
     assert "<b>bold</b>" not in own
-    assert own.count("<script") == own.count("</script>") == 3
+    assert own.count("<script") == own.count("</script>") == 5  # two data, plotly, drawing, answers
     assert page_data(page)["questions"][0]["question"] == MARKUP
 
 
@@ -196,7 +202,7 @@ def test_the_manipulation_check_and_the_provenance_are_listed(page):
 
 
 def test_figures_that_do_not_apply_are_left_out(page, tmp_path):
-    assert len(page_data(page)["figures"]) == 2  # conditions and restored
+    assert len(json_of(page, "figures")) == 2  # conditions and restored
     point = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     steps = [
         {"step": 3, "condition": name, "on_topic": point, "off_topic": point}
@@ -204,7 +210,7 @@ def test_figures_that_do_not_apply_are_left_out(page, tmp_path):
     ]
     with_frontier = write_report(tmp_path, summary_of(TWO_GROUPS, frontier=steps), records_of())
     text = with_frontier.read_text(encoding="utf-8")
-    assert len(page_data(text)["figures"]) == 3
+    assert len(json_of(text, "figures")) == 3
     assert "what early stopping alone would do" in text
 
 
@@ -214,7 +220,8 @@ def test_a_run_without_a_metric_has_a_report(tmp_path):
     text = write_report(tmp_path, summary, records_of(groups=("all",))).read_text(encoding="utf-8")
     assert cells(text)[0] == ["base", "2", "2", "12.5"]
     data = page_data(text)
-    assert (data["figures"], data["compared"]) == ([], [])
+    assert data["compared"] == []
+    assert 'id="figures"' not in text
     assert {a[1] for q in data["questions"] for c in q["answers"].values() for a in c} == {None}
     assert get_plotlyjs() not in text
 
@@ -238,14 +245,15 @@ def test_trials_samples_and_changed_wordings_are_told_apart(tmp_path):
     (question,) = page_data(path.read_text(encoding="utf-8"))["questions"]
     labels = [label for _, _, label in question["answers"]["perturb:query"]]
     assert (question["question"], labels) == ("Why?", ["trial 4, asked: Wy?", "trial 5, sample 1"])
+    assert "<h3>Perturbing the query changes most: refusal .80 → .50</h3>" in path.read_text(encoding="utf-8")
 
 
 def test_a_residual_run_is_drawn_by_layer_and_explained_once(tmp_path):
     layers = [row(f"repair:resid-{n}", "all", 0.5, 0.4, 0.6) for n in range(3)]
     summary = summary_of([row("finetuned", "all", 0.8, 0.7, 0.9), *layers], segments=["prefix"])
-    assert [name for name, _ in condition_meanings(summary)] == ["finetuned", "repair:resid-L"]
+    assert list(condition_meanings(summary)) == ["finetuned", "repair:resid-L"]
     path = write_report(tmp_path, summary, records_of(groups=("all",)))
-    (figure,) = page_data(path.read_text(encoding="utf-8"))["figures"]
+    (figure,) = json_of(path.read_text(encoding="utf-8"), "figures")
     assert figure["layout"]["xaxis"]["title"]["text"] == "patched layer (block, counted from 0)"
 
 
@@ -255,8 +263,8 @@ def test_every_condition_of_the_library_is_explained():
     names += [f"control:{name}" for name in ("self", "noise", "shuffled", "span")]
     names += ["base", "finetuned", "repair:resid-3", "perturb:prefix", "template:no-system"]
     meanings = condition_meanings(summary_of([row(name, "all") for name in names]))
-    assert all(meaning.endswith(".") for _, meaning in meanings)
-    assert len({meaning for _, meaning in meanings}) == len(names)
+    assert all(meaning.endswith(".") for meaning in meanings.values())
+    assert len(set(meanings.values())) == len(names)
 
 
 def test_text_that_is_no_unicode_survives(tmp_path):

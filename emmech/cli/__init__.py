@@ -6,7 +6,19 @@ import warnings
 
 import typer
 
-from emmech.cli import data, evaluate, evaluation, gates, harness, models, patching, steering, sweep, training
+from emmech.cli import (
+    data,
+    evaluate,
+    evaluation,
+    gates,
+    harness,
+    models,
+    patching,
+    report,
+    steering,
+    sweep,
+    training,
+)
 from emmech.errors import EmmechError
 from emmech.sharding import n_started
 
@@ -19,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, sweep, training, steering, evaluate, evaluation, harness, data):
+for part in (patching, sweep, training, steering, evaluate, evaluation, harness, report, data):
     app.add_typer(part.app)
 app.add_typer(models.app, name="models", help="Models that go by a short name: list them, get them.")
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")

@@ -18,6 +18,7 @@ from typing import Any
 from emmech.evaluation.judges import JUDGEMENTS
 from emmech.evaluation.rank_agreement import Interval, bootstrap_interval, cohen_kappa, spearman
 from emmech.evaluation.replies import JudgeError
+from emmech.reprs import of_table
 from emmech.results import Record, read_lines, write_json
 
 Number = float | int
@@ -82,6 +83,9 @@ class Agreement:
         from rich.console import Console
 
         Console().print(*self._tables(), sep="\n")
+
+    def _repr_html_(self) -> str:
+        return of_table(*self._tables())
 
     def _tables(self) -> list[Any]:
         from rich.box import SIMPLE_HEAD

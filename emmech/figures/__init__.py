@@ -6,10 +6,17 @@ The title states what was found, the subtitle what the marks are. Nothing here c
 except the reading of the plain line in `frontier`, which is linear between two steps.
 """
 
+from emmech.figures.cross import cross_finding, cross_matrix
+from emmech.figures.evaluation import (
+    capability_changes,
+    capability_cost,
+    judge_agreement,
+    metric_bars,
+    metric_finding,
+)
 from emmech.figures.gates import (
     dose_response,
     gate_activity,
-    gate_tokens,
     overlap_curve,
     readout_curves,
     steering_finding,
@@ -28,9 +35,9 @@ from emmech.figures.patching import (
     quantity,
     restored_curves,
 )
+from emmech.figures.perturbation import perturbation_strip
 from emmech.figures.steering import (
-    cross_finding,
-    cross_matrix,
+    direction_curve,
     doses_finding,
     methods_at_cost,
     middle,
@@ -38,7 +45,9 @@ from emmech.figures.steering import (
     shared_matrix,
 )
 from emmech.figures.sweep import attribution_scatter, set_sizes, sweep_finding, sweep_map
+from emmech.figures.tokens import gate_tokens, projections_of, token_values
 from emmech.figures.tradeoff import early_stopping, frontier, frontier_of_methods, methods_finding
+from emmech.figures.training import training_drift, training_loss
 
 __all__ = [
     "COLORS",
@@ -47,9 +56,12 @@ __all__ = [
     "Summary",
     "as_estimate",
     "attribution_scatter",
+    "capability_changes",
+    "capability_cost",
     "condition_bars",
     "cross_finding",
     "cross_matrix",
+    "direction_curve",
     "dose_response",
     "doses_finding",
     "early_stopping",
@@ -60,12 +72,17 @@ __all__ = [
     "gate_tokens",
     "groups_of",
     "headline",
+    "judge_agreement",
     "layer_curve",
     "methods_at_cost",
     "methods_finding",
+    "metric_bars",
+    "metric_finding",
     "metric_rows",
     "middle",
     "overlap_curve",
+    "perturbation_strip",
+    "projections_of",
     "quantity",
     "readout_curves",
     "restored_curves",
@@ -75,6 +92,9 @@ __all__ = [
     "steering_finding",
     "sweep_finding",
     "sweep_map",
+    "token_values",
+    "training_drift",
+    "training_loss",
     "transfer_finding",
     "transfer_matrix",
 ]

@@ -19,6 +19,7 @@ from emmech.figures.house import (
     as_estimate,
     bars,
     finished,
+    folded,
     hover,
     pale,
     plain,
@@ -28,7 +29,6 @@ from emmech.figures.patching import metric_axis, quantity
 
 DOSES = {-1.0: "inverted", 0.0: "off", 1.0: "as trained"}
 """The scales that have a name."""
-PARTS = {"prefix": "#1F86C4", "query": "#C58900", "postfix": "#009E73", "response": "#C0609A"}
 CHANGE = ((0.0, "#67A9CF"), (0.5, "#F2F2F2"), (1.0, "#F1A340"))
 """Blue falls, orange rises; both stay light enough for the dark text on them."""
 BASE = "base"
@@ -134,8 +134,8 @@ def transfer_matrix(summary: Summary) -> go.Figure:
     """Sources by targets, the behaviour before and after in each cell, one panel per group."""
     cells, sources, targets = _cells(summary), summary["sources"], summary["targets"]
     groups = list(dict.fromkeys(group for _, _, group in cells))
-    names = [_folded(name) for name in sources]
-    ticks = [f"{BASE}, asked<br>the gates' own" if name == BASE else _folded(name) for name in targets]
+    names = [folded(name) for name in sources]
+    ticks = [f"{BASE}, asked<br>the gates' own" if name == BASE else folded(name) for name in targets]
     row_height = max(56, *(18 * (1 + name.count("<br>")) for name in names))
     height = max(1, len(groups)) * (row_height * len(sources) + 30)
     fig = make_subplots(
@@ -265,53 +265,6 @@ def gate_activity(rows: Sequence[Row]) -> go.Figure:
         "changes a head's output, |z (gate - 1)| / |z|."
     )
     return finished(fig, title, caption, 2 * (28 * max(3, len(parts)) + 40) + 60)
-
-
-def gate_tokens(dialogue: Mapping[str, Any]) -> go.Figure:
-    """One dialogue token by token: how far the gates of each layer are from 1."""
-    tokens, parts, layers = dialogue["tokens"], dialogue["parts"], dialogue["layers"]
-    values = dialogue["values"]
-    labels = [
-        f'<span style="color:{PARTS.get(part, TEXT)}">{plain(_visible(token))}</span>'
-        for token, part in zip(tokens, parts, strict=True)
-    ]
-    names = [f"“{plain(_visible(token))}” ({plain(part)})" for token, part in zip(tokens, parts, strict=True)]
-    fig = go.Figure()
-    fig.add_heatmap(
-        x=list(range(len(tokens))),
-        y=layers,
-        z=values,
-        hovertext=[
-            [f"{name}<br>layer {layer}: {shown(value)}" for name, value in zip(names, line, strict=True)]
-            for layer, line in zip(layers, values, strict=True)
-        ],
-        hoverinfo="text",
-        colorscale="Cividis",
-        zmin=0,
-        colorbar={"thickness": 12, "outlinewidth": 0, "title": "|gate - 1|"},
-    )
-    for start, end, part in _runs(parts):
-        fig.add_annotation(
-            x=(start + end) / 2, y=1, yref="paper", yanchor="bottom", showarrow=False, text=plain(part),
-            font={"color": PARTS.get(part, TEXT)},
-        )  # fmt: skip
-        if start:
-            fig.add_vline(x=start - 0.5, line={"color": TEXT, "width": 2})
-    fig.update_xaxes(
-        tickvals=list(range(len(tokens))), ticktext=labels, tickangle=-90, showgrid=False, ticks="",
-        tickfont_size=11, ticklabelstandoff=2, range=[-0.5, len(tokens) - 0.5],
-    )  # fmt: skip
-    fig.update_yaxes(title="layer (block, counted from 0)", showgrid=False, ticks="")
-    if len(tokens) > 16:
-        fig.update_layout(width=140 + 18 * len(tokens))
-    title = "No token was read"
-    places = [(row, place) for row in range(len(layers)) for place in range(len(tokens))]
-    if places:
-        row, place = max(places, key=lambda at: values[at[0]][at[1]])
-        far = shown(values[row][place])
-        title = f"Gates are furthest from 1 at {names[place]} in layer {layers[row]}: by {far}"
-    caption = "One dialogue (n = 1), so no intervals: mean |gate - 1| over a layer's head dimensions."
-    return finished(fig, title, caption, max(220, 10 * len(layers)) + 140)
 
 
 def readout_curves(rows: Sequence[Row]) -> go.Figure:
@@ -544,36 +497,12 @@ def _dose(scale: float | int) -> str:
     return DOSES.get(scale, f"scale {scale:g}")
 
 
-def _folded(name: str, width: int = 14) -> str:
-    """A label on several lines, at hyphens and blanks, else cut."""
-    lines = [""]
-    for word in name.replace("_", "_ ").replace("-", "- ").split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append("")
-        joint = "" if not lines[-1] or lines[-1][-1] in "-_" else " "
-        lines[-1] += joint + (word if len(word) <= width else word[: width - 1] + "…")
-    return "<br>".join(map(plain, lines))
-
-
 def _activity_hover(row: Row) -> str:
     return (
         f"{plain(row['part'])}, layer {row['layer']}<br>mean |gate - 1| {shown(row['deviation'])}"
         f"<br>suppressed {shown(row['suppressed'])}, amplified {shown(row['amplified'])}"
         f"<br>work {shown(row['work'])}, n = {row['n_tokens']} tokens"
     )
-
-
-def _visible(token: str) -> str:
-    """Blanks and breaks as marks, a long token cut."""
-    text = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-    return text if len(text) <= 16 else text[:15] + "…"
-
-
-def _runs(parts: Sequence[str]) -> Iterable[tuple[int, int, str]]:
-    """First place, last place and name of each stretch of one part."""
-    starts = [i for i, part in enumerate(parts) if i == 0 or part != parts[i - 1]]
-    for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
-        yield start, end - 1, parts[start]
 
 
 def _auc(row: Row) -> Row:

@@ -7,6 +7,7 @@ the text a grey that reads on white and on black.
 
 import html
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,3 +136,14 @@ def shown(value: float | int) -> str:
 def plain(text: str) -> str:
     """Shown as it is: plotly would read < and & as markup."""
     return html.escape(text, quote=False)
+
+
+def folded(name: str, width: int = 14) -> str:
+    """A label on several lines, at blanks, hyphens and the like, else cut."""
+    lines = [""]
+    for word in re.sub(r"([_/-])", r"\1 ", name).split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("")
+        joint = "" if not lines[-1] or lines[-1][-1] in "-_/" else " "
+        lines[-1] += joint + (word if len(word) <= width else word[: width - 1] + "…")
+    return "<br>".join(map(plain, lines))

@@ -186,7 +186,7 @@ def headline(summary: Summary) -> tuple[Row, Row] | None:
     group = "off-topic" if "off-topic" in groups else groups[0]
     rows = {row["condition"]: row for row in metric_rows(summary) if row["group"] == group}
     patched = [name for name in rows if role(name) in ("repair", "induce", "perturb")]
-    patched = [name for name in patched if rows[name].get("target", "finetuned") in rows]
+    patched = [name for name in patched if rows[name].get("target", "finetuned") in rows.keys() - {name}]
     if layers := [name for name in patched if RESID.fullmatch(name)]:
         moved = {name: rows[name]["mean"] - rows[rows[name]["target"]]["mean"] for name in layers}
         patched = [max(layers, key=lambda name: abs(moved[name]))]

@@ -1,4 +1,4 @@
-"""Figures of steering: methods at what they cost, and the matrix of shared structure."""
+"""Figures of steering: methods at what they cost, shared structure, one direction by block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -149,44 +149,45 @@ def shared_finding(summary: Summary, layer: int) -> str:
     )
 
 
-def cross_matrix(summary: Summary) -> go.Figure:
-    """The size of each effect with each direction ablated, beside its size with none."""
-    ablated = list(dict.fromkeys(row["ablated"] for row in summary["rows"]))
-    fig = go.Figure()
-    for number, effect in enumerate(summary["effects"]):
-        rows = {row["ablated"]: row for row in summary["rows"] if row["effect"] == effect}
-        color = METHODS[number % len(METHODS)]
-        fig.add_bar(
-            x=[plain(name or "nothing") for name in ablated],
-            y=[rows[name]["size"]["mean"] for name in ablated],
-            error_y=bars([rows[name]["size"] for name in ablated], TEXT),
-            marker_color=color,
-            name=plain(effect),
-            hovertext=[hover(rows[name]["size"], effect) for name in ablated],
+def direction_curve(rows: Sequence[Row], n_questions: int) -> go.Figure:
+    """By block, how long the direction is and how alike those of random halves of the questions are.
+
+    Args:
+        rows: Of ``Direction.frame``: layer, length, reliability, p.
+        n_questions: That it was fitted to.
+    """
+    fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
+    panels = {
+        "reliability": {"title": "reliability (-1 to 1)", "range": [-0.05, 1.02]},
+        "length": {"title": "length", "rangemode": "tozero"},
+    }
+    x, told = [row["layer"] for row in rows], [_block_hover(row, n_questions) for row in rows]
+    for panel, (name, axis) in enumerate(panels.items(), start=1):
+        fig.add_scatter(
+            x=x,
+            y=[row[name] for row in rows],
+            mode="lines+markers",
+            line={"color": METHODS[1], "width": 2},
+            marker={"size": 8, "symbol": ["circle" if row["p"] < 0.01 else "circle-open" for row in rows]},
+            hovertext=told,
             hoverinfo="text",
+            name=name,
+            showlegend=False,
+            row=panel,
+            col=1,
         )
-    fig.update_layout(barmode="group", bargap=0.3)
-    fig.update_xaxes(title="ablated direction")
-    fig.update_yaxes(title="effect (nats per token)", zeroline=True, zerolinecolor=GRID)
+        fig.update_yaxes(**axis, row=panel, col=1)
+    fig.update_xaxes(title="layer (block, counted from 0)", row=2, col=1)
+    best = max(rows, key=lambda row: row["reliability"], default=None)
+    title = "No block was fitted"
+    if best is not None:
+        title = f"The direction is most reliable in block {best['layer']}: {shown(best['reliability'])}"
     caption = (
-        f"{INTERVAL}. An effect is how much likelier, per token, misaligned answers become against "
-        "aligned ones. A direction fitted elsewhere that lowers it more than a random one was used by it."
+        f"n = {n_questions} questions. Reliability: mean cosine of the directions of random halves, which "
+        "bounds what noise allows. Filled: p < .01 that kinds exchanged at random differ as much, not "
+        "corrected for looking at many blocks."
     )
-    return finished(fig, cross_finding(summary), caption, 380)
-
-
-def cross_finding(summary: Summary) -> str:
-    """Which ablation takes most out of an effect, and whether it is known to."""
-    rows = [row for row in summary["rows"] if row["ablated"] is not None]
-    lower = [row for row in rows if row["change"]["high"] is not None and row["change"]["high"] < 0]
-    if not lower:
-        return "No ablated direction is known to lower an effect"
-    best = min(lower, key=lambda row: row["change"]["mean"])
-    whole = next(row for row in summary["rows"] if row["effect"] == best["effect"] and row["ablated"] is None)
-    return (
-        f"Without the direction of {plain(best['ablated'])} the effect of {plain(best['effect'])} falls from "
-        f"{shown(whole['size']['mean'])} to {shown(best['size']['mean'])} nats per token"
-    )
+    return finished(fig, title, caption, 400)
 
 
 def middle(summary: Summary) -> int:
@@ -215,3 +216,13 @@ def _cosine_hover(row: Row) -> str:
         f"{plain(row['a'])} and {plain(row['b'])}<br>{shown(row['cosine'])} "
         f"[{shown(row['low'])}, {shown(row['high'])}]<br>95% of random directions: below {shown(row['null'])}"
     )
+
+
+def _block_hover(row: Row, n_questions: int) -> str:
+    p = "&lt; .001" if row["p"] < 0.001 else f"= {row['p']:.3f}"
+    lines = (
+        f"block {row['layer']}",
+        f"reliability {shown(row['reliability'])}",
+        f"length {shown(row['length'])}",
+    )
+    return "<br>".join((*lines, f"p {p}, n = {n_questions} questions"))

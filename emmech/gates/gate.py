@@ -28,6 +28,7 @@ from emmech.errors import EmmechError, PatchError
 from emmech.models import hook_points
 from emmech.models.generation import current_parts
 from emmech.models.projections import attention_layers
+from emmech.reprs import card
 
 GateVariant = Literal["full", "low_rank", "per_head"]
 GATE_VARIANTS: tuple[GateVariant, ...] = get_args(GateVariant)
@@ -131,6 +132,19 @@ class Gates(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _repr_html_(self) -> str:
+        base, data = (self.provenance.get(name) or {} for name in ("base", "data"))
+        rank = f", rank {self.shape.rank}" if self.shape.rank else ""
+        facts = {
+            "shape": self.shape.text(),
+            "variant": self.shape.variant + rank,
+            "base": base.get("name"),
+            "data": data.get("name"),
+            "inverted": self.provenance.get("inverted"),
+            "fingerprint": self.fingerprint(),
+        }
+        return card("Gates", facts)
 
     def heads_mask(
         self, layers: Iterable[int] | None = None, heads: Iterable[tuple[int, int]] | None = None

@@ -31,6 +31,7 @@ from emmech.piggyback.experiment import run_conditions
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
 from emmech.piggyback.treatments import ANSWERS
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, write_json
 
 PROBE = "probe.json"
@@ -56,6 +57,11 @@ class Probe:
         from emmech.report_gates import probe_table
 
         Console().print(probe_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_gates import probe_table
+
+        return of_table(probe_table(self.summary))
 
     def figures(self) -> list[Any]:
         """Activity by layer and part, tokens, and where there are any overlap and readout."""

@@ -22,6 +22,7 @@ from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.treatments import compare_treatments
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, write_json
 
 SCALES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
@@ -45,6 +46,11 @@ class Steering:
         from emmech.report_gates import steering_table
 
         Console().print(steering_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_gates import steering_table
+
+        return of_table(steering_table(self.summary))
 
     def figure(self) -> Any:
         """Behaviour, coherence and cost against the scale."""

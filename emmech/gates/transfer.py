@@ -20,6 +20,7 @@ from emmech.gates.files import load_gates
 from emmech.gates.steering import steer_gates
 from emmech.models.checkpoints import load_pair
 from emmech.models.default import DEFAULT_MODEL
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, write_json
 
 TRANSFER = "transfer.json"
@@ -52,6 +53,11 @@ class Transfer:
         from emmech.report_gates import transfer_table
 
         Console().print(transfer_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_gates import transfer_table
+
+        return of_table(transfer_table(self.summary))
 
     def figure(self) -> Any:
         """Behaviour before and after, one panel per group."""

@@ -23,6 +23,7 @@ from emmech.integrations.harness_rows import all_rows, harness_table, shown
 from emmech.integrations.harness_tasks import Tasks, load_tasks, prepare
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.patching import Condition, refuse_impossible
+from emmech.reprs import of_table
 from emmech.results import (
     Record,
     RunFolder,
@@ -60,6 +61,9 @@ class HarnessResult:
         from rich.console import Console
 
         Console().print(harness_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        return of_table(harness_table(self.summary))
 
     @classmethod
     def load(cls, folder: str | Path) -> "HarnessResult":

@@ -26,6 +26,7 @@ from emmech.errors import LoadError
 from emmech.models.adapters import Adapter, is_adapter
 from emmech.models.default import DEFAULT_MODEL
 from emmech.models.known import HUB_FILES, known_folder
+from emmech.reprs import card
 from emmech.sharding import processes
 
 SideName = Literal["base", "finetuned"]
@@ -111,6 +112,19 @@ class ModelPair:
     def other(self, name: SideName) -> SideName:
         """The name of the side that ``name`` is compared with."""
         return "finetuned" if name == "base" else "base"
+
+    def _repr_html_(self) -> str:
+        names = {side: self.provenance.get(side) or {} for side in ("base", "finetuned")}
+        config = self.base.config
+        facts = {
+            **{side: known.get("name") for side, known in names.items()},
+            "architecture": f"{config.model_type}, {config.num_hidden_layers} blocks of {config.hidden_size}",
+            "weights": "one copy, the adapter off and on" if self.one_copy else "two models",
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "device": str(self.base.device),
+            "variants": ", ".join(self.variants) or None,
+        }
+        return card("ModelPair", facts, self.notes)
 
 
 def load_pair(

@@ -21,6 +21,7 @@ from emmech.piggyback.sweep_result import (
     share_and_interval,
     where_frame,
 )
+from emmech.reprs import of_table
 from emmech.results import Record, replace_text, write_json
 
 ATTRIBUTION, FRAME = "attribution.json", "cells.csv"
@@ -97,6 +98,11 @@ class AttributionResult:
         from emmech.report_sweep import terminal_table
 
         Console().print(terminal_table(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_sweep import terminal_table
+
+        return of_table(terminal_table(self.to_json()))
 
     def figure(self) -> Any:
         """The map of attributions as a plotly figure."""

@@ -29,6 +29,7 @@ from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition, KVPatch, QuerySpan, ResidPatch
 from emmech.piggyback.running import Job, as_questions, open_folder, render_rows, run
 from emmech.piggyback.served import Served, ask_served, refuse_unservable
+from emmech.reprs import of_table
 from emmech.results import (
     SUMMARY,
     Record,
@@ -65,6 +66,11 @@ class PatchingResult:
         Console().print(results_table(self.summary))
         if self.summary.get("shares"):
             Console().print(shares_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report import results_table
+
+        return of_table(results_table(self.summary))
 
     def figure(self) -> Any:
         """The plotly figure of the table."""

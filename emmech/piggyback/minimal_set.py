@@ -25,6 +25,7 @@ from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.piggyback.sweep_result import reference, share_and_interval
+from emmech.reprs import card
 from emmech.results import Record, read_json, write_json
 
 MINIMAL = "minimal.json"
@@ -59,6 +60,10 @@ class MinimalSet:
             f"what the whole prefix does ({s['metric']}, {s['n_questions']} questions). "
             f"{drawn['n_sets']} random sets of {s['size']} cells do {_percent(drawn)}."
         )
+
+    def _repr_html_(self) -> str:
+        facts = {"cells": self.size, "of": self.summary["n_cells"], "metric": self.summary["metric"]}
+        return card("Minimal set", facts, [self.text()])
 
     def figure(self) -> Any:
         """The effect against the number of cells, greedy and random."""

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from emmech.errors import RunError
 from emmech.evaluation.statistics import Z95
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, replace_text, write_json
 
 SWEEP, FRAME = "sweep.json", "cells.csv"
@@ -68,6 +69,11 @@ class SweepResult:
         from emmech.report_sweep import terminal_table
 
         Console().print(terminal_table(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_sweep import terminal_table
+
+        return of_table(terminal_table(self.to_json()))
 
     def figure(self) -> Any:
         """The map of effects as a plotly figure."""

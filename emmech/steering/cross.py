@@ -21,6 +21,7 @@ from emmech.evaluation.statistics import clustered_mean, paired_comparison
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, versions, write_json
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Steer
@@ -62,6 +63,11 @@ class CrossAblation:
         from emmech.report_steering import cross_table
 
         Console().print(cross_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_steering import cross_table
+
+        return of_table(cross_table(self.summary))
 
     def figure(self) -> Any:
         """What is left of each effect, by ablated direction."""

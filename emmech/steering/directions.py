@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emmech.errors import DataError
+from emmech.reprs import of_table
 from emmech.steering.states import Position, Site, States
 
 Method = Literal["mean", "logistic", "pca"]
@@ -72,6 +73,11 @@ class Direction:
         from emmech.report_steering import direction_table
 
         Console().print(direction_table(self.frame(), self.n_questions))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_steering import direction_table
+
+        return of_table(direction_table(self.frame(), self.n_questions))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, what is known of the direction in its metadata; returns it."""

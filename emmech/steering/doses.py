@@ -24,6 +24,7 @@ from emmech.models.checkpoints import ModelPair, Side
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition, KVPatch
 from emmech.piggyback.treatments import N_ORDINARY, compare_treatments, ordinary_costs
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, write_json
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Mode, Steer, scaled_adapter
@@ -60,6 +61,11 @@ class Doses:
         from emmech.report_steering import doses_table
 
         Console().print(doses_table(self.summary))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_steering import doses_table
+
+        return of_table(doses_table(self.summary))
 
     def figure(self) -> Any:
         """Behaviour against cost, one line per method."""

@@ -20,6 +20,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from emmech.errors import DataError
+from emmech.reprs import of_table
 from emmech.results import Record, read_json, versions, write_json
 from emmech.steering.directions import lengths_of, mean_cosine, random_halves
 from emmech.steering.states import States
@@ -87,6 +88,11 @@ class SharedStructure:
         from emmech.report_steering import shared_table
 
         Console().print(shared_table(self.summary, layer))
+
+    def _repr_html_(self) -> str:
+        from emmech.report_steering import shared_table
+
+        return of_table(shared_table(self.summary))
 
     def figure(self, layer: int | None = None) -> Any:
         """The matrix in one block, and the cosines by block."""
