@@ -88,9 +88,7 @@ def test_joined_parts_with_another_checksum_are_refused(offered):
 
 def test_a_model_that_was_not_fetched_is_refused_with_the_command_that_fetches_it(offered):
     offered(b"abc")
-    with pytest.raises(
-        LoadError, match=r"not been fetched\. Run `emmech models get a-model` \(1\.1 GB\)"
-    ):
+    with pytest.raises(LoadError, match=r"not been fetched\. Run `emmech models get a-model` \(1\.1 GB\)"):
         locate("a-model")
 
 

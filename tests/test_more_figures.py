@@ -353,3 +353,23 @@ def test_a_title_that_is_markup_elsewhere_stays_text():
     fig = figures.metric_bars({"rows": rows}, "<b>")
     assert title(fig) == "&lt;b&gt;: &lt;i&gt; .90, base .10"
     assert list(fig.layout.yaxis.ticktext) == ["base", "&lt;i&gt;"]
+
+
+def dose(method, strength, mean, change=None):
+    row = {"method": method, "dose": strength, "group": "all", "behaviour": estimate(mean)}
+    return row if change is None else row | {"change": estimate(change)}
+
+
+def test_doses_are_summed_up_by_the_best_known_change_of_each_method():
+    rows = [
+        dose(None, None, 0.9),
+        dose("steering", 1, 0.5, -0.4),
+        dose("steering", 2, 0.2, -0.7),
+        dose("patch", 1, 0.85, -0.05),  # not known: its interval is [-.15, .05]
+        dose("gates", -1, 0.3, -0.6),
+    ]
+    costs = [{"method": row["method"], "dose": row["dose"], "kl": estimate(1.0)} for row in rows[1:]]
+    summary = {"rows": rows, "ordinary": costs, "detector": "refusal"}
+    assert figures.doses_finding(summary) == (
+        "Refusal falls from .90 at most to .20 by steering at 2, .30 by gates at -1"
+    )

@@ -80,7 +80,7 @@ def methods_at_cost(summary: Summary) -> go.Figure:
 
 
 def doses_finding(summary: Summary) -> str:
-    """The dose that lowers the behaviour most and that answers survive, with its cost."""
+    """How far each method lowers the behaviour at its best dose, known changes only."""
     rows = [row for row in summary["rows"] if row["behaviour"]]
     if not rows:
         return f"No metric: the detector {plain(summary['detector'])} measures nothing"
@@ -92,11 +92,14 @@ def doses_finding(summary: Summary) -> str:
     what = f"{group} {plain(summary['detector'])}" if group != "all" else plain(summary["detector"])
     if not lower:
         return f"No dose is known to lower {what}, {shown(before)} untreated"
-    best = min(lower, key=lambda row: (round(row["behaviour"]["mean"], 2), _kl(summary, row)))
-    return (
-        f"{plain(best['method'])} at {best['dose']:g} lowers {what} most, {shown(before)} to "
-        f"{shown(best['behaviour']['mean'])}, at a KL of {shown(_kl(summary, best))}"
+    best: dict[str, Row] = {}
+    for row in sorted(lower, key=lambda row: (row["behaviour"]["mean"], _kl(summary, row))):
+        best.setdefault(row["method"], row)
+    told = (
+        f"{shown(row['behaviour']['mean'])} by {plain(method)} at {row['dose']:g}"
+        for method, row in best.items()
     )
+    return f"{what[0].upper()}{what[1:]} falls from {shown(before)} at most to {', '.join(told)}"
 
 
 def shared_matrix(summary: Summary, layer: int | None = None) -> go.Figure:
