@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from emmech.cli import data, evaluate, evaluation, gates, harness, patching, steering, sweep, training
+from emmech.cli import data, doctor, evaluate, evaluation, gates, harness, patching, steering, sweep, training
 from emmech.errors import EmmechError
 from emmech.sharding import n_started
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, sweep, training, steering, evaluate, evaluation, harness, data):
+for part in (patching, sweep, training, steering, evaluate, evaluation, harness, data, doctor):
     app.add_typer(part.app)
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 

@@ -32,16 +32,31 @@ def embedded_path() -> Path:
     Raises:
         LoadError: The package that carries the model is not installed, or its file is damaged.
     """
-    folder = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:8]}"
-    if not (folder / "config.json").is_file():
+    folder, _ = embedded_state()
+    if folder is None:
+        folder = _converted_folder()
         _convert(_gguf_file(), folder)
     return folder
 
 
-def _gguf_file() -> Path:
+def embedded_state() -> tuple[Path | None, Path | None]:
+    """The converted model's folder and the installed package's file, each None where it is not there."""
+    folder = _converted_folder()
     spec = importlib.util.find_spec(_PACKAGE)  # locates a top-level package without running it
     file = Path(spec.origin).parent / _GGUF if spec and spec.origin else None
-    if file is None or not file.is_file():
+    return (
+        folder if (folder / "config.json").is_file() else None,
+        file if file is not None and file.is_file() else None,
+    )
+
+
+def _converted_folder() -> Path:
+    return cache_folder() / f"smollm2-135m-instruct-{_SHA256[:8]}"
+
+
+def _gguf_file() -> Path:
+    _, file = embedded_state()
+    if file is None:
         raise LoadError(
             f"the embedded model '{DEFAULT_MODEL}' in the package {_PACKAGE} {_VERSION}",
             "it is not installed",
