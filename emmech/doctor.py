@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 
 from packaging.requirements import Requirement
 
-from emmech.models import default
+from emmech.models import default, known
 
 TIMEOUT_SECONDS = 3.0
 HUB = "https://huggingface.co"
@@ -99,17 +99,20 @@ def extras() -> Iterator[Finding]:
 
 
 def models() -> Iterator[Finding]:
-    """The embedded model, and the folders where models are kept."""
+    """Models with a short name, and the folders where models are kept."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    converted, carrier = default.embedded_state()
-    if converted is not None:
-        yield Finding("models", default.DEFAULT_MODEL, "ok", f"{_home(converted)} ({_size(converted)})")
-    elif carrier is not None:
-        detail = f"installed ({_size(carrier)}); converted when first used"
-        yield Finding("models", default.DEFAULT_MODEL, "ok", detail)
-    else:
-        yield Finding("models", default.DEFAULT_MODEL, "missing", "not installed", "Run `make install`")
+    for name, model in known.KNOWN.items():
+        folder = known.on_disk(model)
+        if folder is not None:
+            yield Finding("models", name, "ok", f"{_home(folder)} ({_size(folder)})")
+        elif name != default.DEFAULT_MODEL:
+            yield Finding("models", name, "absent", "not fetched", f"emmech models get {name}")
+        elif carrier := default.embedded_file():
+            detail = f"installed ({_size(carrier)}); converted when first used"
+            yield Finding("models", name, "ok", detail)
+        else:
+            yield Finding("models", name, "missing", "not installed", "Run `make install`")
     cache = default.cache_folder()
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     can_write = os.access(nearest, os.W_OK)

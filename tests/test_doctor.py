@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from emmech import doctor
-from emmech.models import default
+from emmech.models import default, known
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,6 +126,17 @@ def test_the_hub_that_is_asked_is_the_one_of_the_environment(monkeypatch):
         found = named(doctor.endpoints(None), "model hub")
     assert found.state == "ok"
     assert server.asked == ["/api/models?limit=1"]
+
+
+def test_a_model_that_was_not_fetched_is_absent_and_one_that_was_is_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = named(doctor.models(), "qwen2.5-coder-1.5b")
+    assert (found.state, found.fix) == ("absent", "emmech models get qwen2.5-coder-1.5b")
+    folder = known.KNOWN["qwen2.5-coder-1.5b"].folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b" " * 3 * 2**20)
+    found = named(doctor.models(), "qwen2.5-coder-1.5b")
+    assert (found.state, found.detail) == ("ok", f"{folder} (3 MiB)")
 
 
 def test_without_the_embedded_model_the_command_fails_and_says_how_to_get_it(emmech, monkeypatch, tmp_path):

@@ -6,7 +6,19 @@ import warnings
 
 import typer
 
-from emmech.cli import data, doctor, evaluate, evaluation, gates, harness, patching, steering, sweep, training
+from emmech.cli import (
+    data,
+    doctor,
+    evaluate,
+    evaluation,
+    gates,
+    harness,
+    models,
+    patching,
+    steering,
+    sweep,
+    training,
+)
 from emmech.errors import EmmechError
 from emmech.sharding import n_started
 
@@ -21,6 +33,7 @@ app = typer.Typer(
 )
 for part in (patching, sweep, training, steering, evaluate, evaluation, harness, data, doctor):
     app.add_typer(part.app)
+app.add_typer(models.app, name="models", help="Models that go by a short name: list them, get them.")
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 
 SHARED = ("finetune", "evaluate", "patch-prefix", "patch-resid", "perturb-prefix")

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from emmech.chat import DEFAULT, Chat, System, first_difference
 from emmech.errors import LoadError
 from emmech.models.adapters import Adapter, is_adapter
-from emmech.models.default import DEFAULT_MODEL, embedded_path
+from emmech.models.default import DEFAULT_MODEL
+from emmech.models.known import HUB_FILES, known_folder
 from emmech.sharding import processes
 
 SideName = Literal["base", "finetuned"]
@@ -277,7 +278,7 @@ def swap_adapter(pair: ModelPair, folder: str | Path) -> ModelPair | None:
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: the embedded alias, a folder, or a hub id (local files first).
+    """The local folder of a model: a known short name, a folder, or a hub id (local files first).
 
     Raises:
         LoadError: It is neither on this machine nor to be had from the hub.
@@ -285,8 +286,9 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if str(name) == DEFAULT_MODEL:
-        return embedded_path()
+    known = known_folder(str(name))
+    if known is not None:
+        return known
     folder = Path(name).expanduser()
     if folder.is_dir():
         from emmech.gates.files import is_gates
@@ -301,7 +303,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     wanted = {
         "repo_id": str(name),
         "revision": revision,
-        "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"],
+        "allow_patterns": list(HUB_FILES),
     }
     try:
         cached = Path(snapshot_download(local_files_only=True, **wanted))
