@@ -37,6 +37,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links that lead out of `docs` in the repository lead to their pages in the site."""
+    return markdown.replace("../figures/README.md", "results.md").replace("../figures/frontier", "frontier")
+
+
 def page_of(notebook: Path) -> tuple[str, str, dict[str, bytes]]:
     """A built notebook as title, Markdown and images; figures are their stored pictures."""
     exporter = MarkdownExporter()
@@ -67,10 +72,10 @@ def command_line() -> str:
 
 
 def _pages(name: str, command: Any) -> Iterator[str]:
-    if hasattr(command, "commands"):
-        for below, one in sorted(command.commands.items()):
-            yield from _pages(f"{name} {below}", one)
-        return
+    for below, one in sorted(getattr(command, "commands", {}).items()):
+        yield from _pages(f"{name} {below}", one)
+    if getattr(command, "no_args_is_help", False):
+        return  # it only holds the others
     lines = [f"\n## emmech {name}\n", (command.help or "").strip(), "\n| option | |", "|---|---|"]
     for one in command.params:
         if one.name != "help":
