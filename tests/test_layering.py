@@ -50,10 +50,12 @@ ALLOWED = {
     "scorecard": SCIENCE | {"defaults", "piggyback", "gates", "steering", "number_lists"},
     "frontier": SCIENCE | {"defaults", "piggyback", "training"},
     "integrations": SCIENCE | {"defaults", "piggyback", "scorecard", "report_evaluation"},
+    "doctor": {"models"},
     "demo": SCIENCE | {"piggyback", "training", "figures", "report"},
     "cli": SCIENCE
     | {"gates", "piggyback", "training", "frontier", "scorecard", "figures", "report", "demo", "defaults"}
-    | {"integrations", "steering", "number_lists", "report_sweep", "report_runs", "report_overview"},
+    | {"doctor", "integrations", "steering", "number_lists", "report_sweep", "report_runs"}
+    | {"report_overview"},
     "__main__": {"cli"},
     "": set(),  # the package itself: everything public, but only when asked for
 }

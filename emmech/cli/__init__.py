@@ -8,6 +8,7 @@ import typer
 
 from emmech.cli import (
     data,
+    doctor,
     evaluate,
     evaluation,
     gates,
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, sweep, training, steering, evaluate, evaluation, harness, report, data):
+for part in (patching, sweep, training, steering, evaluate, evaluation, harness, report, data, doctor):
     app.add_typer(part.app)
 app.add_typer(models.app, name="models", help="Models that go by a short name: list them, get them.")
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")

@@ -44,10 +44,16 @@ def _folder() -> Path:
     return cache_folder() / f"smollm2-135m-instruct-{_SHA256[:8]}"
 
 
-def _gguf_file() -> Path:
+def embedded_file() -> Path | None:
+    """The installed package's GGUF file, None where it is not there."""
     spec = importlib.util.find_spec(_PACKAGE)  # locates a top-level package without running it
     file = Path(spec.origin).parent / _GGUF if spec and spec.origin else None
-    if file is None or not file.is_file():
+    return file if file is not None and file.is_file() else None
+
+
+def _gguf_file() -> Path:
+    file = embedded_file()
+    if file is None:
         raise LoadError(
             f"the embedded model '{DEFAULT_MODEL}' in the package {_PACKAGE} {_VERSION}",
             "it is not installed",

@@ -1,7 +1,7 @@
 """The first-order map of a sweep from one backward pass per batch of questions.
 
     result = attribute(pair, load_pairs("sycophancy_sports")[:8], out="runs/attribution")
-    result.summary["spearman"]          # with exact patches of a random sample of cells
+    result.spearman          # with exact patches of a random sample of cells
 
 An entry's attribution is the gradient of the score at the recipient's prefix cache times (donor -
 recipient); a cell's is the sum over its entries. With several ``steps`` the gradient is averaged along

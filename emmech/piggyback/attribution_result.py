@@ -1,7 +1,7 @@
 """What attribution estimated, and how far exact patches agree.
 
 result.frame()                   # one row per cell: attribution, and the exact effect where patched
-result.summary["spearman"]
+result.spearman
 """
 
 from collections.abc import Mapping, Sequence
