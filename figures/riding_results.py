@@ -1,0 +1,224 @@
+"""What `figures.riding` found, as one small file: shares of what the whole prefix does, with intervals.
+
+    write_results(Path("figures/results/sweep_refusal.json"))
+    sweep_map(map_of(read_json(Path("figures/results/sweep_refusal.json")), "48 wordings"))
+
+Over several training seeds an effect is Σ parts / Σ whole over seeds and questions, its interval that of
+a ratio of means with seeds clustered by question: it holds over questions, for these seeds.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from emmech.evaluation.statistics import Estimate, clustered_mean
+from emmech.piggyback.cells import KV
+from emmech.piggyback.sweep_result import SweepResult
+from emmech.results import Record, replace_text
+from figures import riding
+from figures.riding import METRICS, STEPS, Organism
+
+N_STRONGEST = 20
+DIGITS = 4
+ENDS = ("mean", "low", "high")
+NEW_LINE = r"\s*\n\s*"
+
+
+def write_results(path: Path) -> None:
+    """Put all runs together."""
+    known = riding.organisms()
+    kinds = dict.fromkeys(one.kind for one in known)
+    found = {
+        "command": "python -m figures.riding",
+        "questions": [one.id for one in riding.questions()],
+        "tokens": riding.fine(known[0]).summary["tokens"],
+        "organisms": [described(one, known) for one in known],
+        "pooled": {kind: pooled([one for one in known if one.kind == kind]) for kind in kinds},
+    }
+    replace_text(path, compact(rounded(found)))
+
+
+def described(organism: Organism, known: Sequence[Organism]) -> Record:
+    """One organism's numbers."""
+    rates = riding.answers(organism).summary["conditions"]
+    return {
+        "kind": organism.kind,
+        "seed": organism.seed,
+        "adapter": str(organism.adapter),
+        "refusal": {row["condition"]: pick(row, *ENDS, "n") for row in rates},
+        **{metric: measured([organism], metric) for metric in METRICS},
+        "smallest": {metric: smallest(organism, metric) for metric in METRICS},
+        "gradients": {metric: gradients(organism, metric) for metric in METRICS},
+        "sets": sets(organism, known),
+        "map": maps([riding.fine(organism)])["mean"],
+    }
+
+
+def pooled(mine: Sequence[Organism]) -> Record:
+    """The numbers of one kind of organism over its training seeds."""
+    results = [riding.fine(one) for one in mine]
+    exact = [one.differences.mean(1) for one in results]
+    both = list(combinations(exact, 2))
+    everything = effects(results)
+    return {
+        **{metric: measured(mine, metric) for metric in METRICS},
+        "map": maps(results),
+        "strongest": [
+            {**results[0].cells[number], **interval(everything[number])}
+            for number in strongest(np.array([one.mean for one in everything]))
+        ],
+        "sum": sum(one.mean for one in everything),
+        "seeds_spearman": [float(spearmanr(a, b).statistic) for a, b in both],
+        "seeds_strongest": [len(set(strongest(a)) & set(strongest(b))) for a, b in both],
+    }
+
+
+def measured(mine: Sequence[Organism], metric: str) -> Record:
+    """What the whole prefix does, and the coarse sweeps as shares of it."""
+    by_mode = [riding.coarse(one, metric) for one in mine]
+    results = [modes["single"] for modes in by_mode]
+    asked = [name for one in results for name in one.summary["question_ids"]]
+    unpatched, full = (np.concatenate([getattr(one, n) for one in results]) for n in ("unpatched", "full"))
+    whole = clustered_mean((full - unpatched).tolist(), asked, unit=None)
+    found: Record = {
+        "n": len(asked),
+        "unpatched": float(unpatched.mean()),
+        "full": float(full.mean()),
+        "whole": interval(whole),
+    }
+    for mode in riding.MODES:
+        sweeps = [modes[mode] for modes in by_mode]
+        rows = list(zip(sweeps[0].cells, effects(sweeps), strict=True))
+        found[mode] = {
+            axis: columns([row for cell, row in rows if cell.get(axis) is not None])
+            for axis in ("kv", "layer", "position")
+            if any(cell.get(axis) is not None for cell, _ in rows)
+        }
+    return found
+
+
+def effects(results: Sequence[SweepResult]) -> list[Estimate]:
+    """The share of every cell over several sweeps of the same cells."""
+    whole = np.concatenate([one.full - one.unpatched for one in results])
+    parts = np.concatenate([one.differences for one in results], axis=1)
+    asked = [name for one in results for name in one.summary["question_ids"]]
+    share = parts.sum(1, keepdims=True) / whole.sum()
+    around = share + (parts - share * whole) / whole.mean()
+    return [clustered_mean(row.tolist(), asked, unit=None) for row in around]
+
+
+def smallest(organism: Organism, metric: str) -> Record:
+    """The set, and what random ones do."""
+    found = riding.smallest(organism, metric)
+    return {
+        **pick(found.summary, "share", "size", "n_cells", "effect", "random", "curve"),
+        "cells": [[one["layer"], one["position"], one["kv"]] for one in found.cells],
+    }
+
+
+def gradients(organism: Organism, metric: str) -> list[Record]:
+    """How well gradients rank and find the cells of exact patches: all of them for ``kl``, a sample else."""
+    found = []
+    for steps in STEPS:
+        result = riding.attributed(organism, metric, steps)
+        row: Record = {"steps": steps, "completeness": result.completeness}
+        if metric == "kl":
+            estimated, exact = result.attributions.mean(1), riding.fine(organism).differences.mean(1)
+            both = set(strongest(estimated)) & set(strongest(exact))
+            row |= {"spearman": float(spearmanr(estimated, exact).statistic), "n": len(exact)}
+            row |= {"strongest_in_common": len(both)}
+        else:
+            row |= {"spearman": result.spearman, "n": len(result.sampled)}
+        found.append(row)
+    return found
+
+
+def sets(organism: Organism, known: Sequence[Organism]) -> list[Record]:
+    """What each organism's smallest set does here, on other questions."""
+    scored = riding.elsewhere(organism, known)
+    unpatched, full, patched = (np.array(scored[name]) for name in ("unpatched", "full", "patched"))
+    cells = [{"from": f"{one.kind}, seed {one.seed}"} for one in known]
+    result = SweepResult({"question_ids": scored["questions"]}, cells, unpatched, full, patched)
+    return [{**cell, **interval(one)} for cell, one in zip(cells, effects([result]), strict=True)]
+
+
+def strongest(values: np.ndarray) -> list[int]:
+    """Numbers of the cells that do most, either way."""
+    return np.argsort(-np.abs(values), kind="stable")[:N_STRONGEST].tolist()
+
+
+def as_map(cells: Sequence[Record], values: Sequence[float]) -> Record:
+    """A value per cell as ``[layer][position]``, for keys and for values."""
+    found = {}
+    for kv in KV:
+        mine = [
+            (cell["layer"], cell["position"], x)
+            for cell, x in zip(cells, values, strict=True)
+            if cell["kv"] == kv
+        ]
+        grid = np.full([1 + max(one[axis] for one in mine) for axis in (0, 1)], np.nan)
+        for layer, position, value in mine:
+            grid[layer, position] = value
+        found[kv] = grid.tolist()
+    return found
+
+
+def map_of(found: Record, kind: str) -> Record:
+    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws."""
+    pooled_ = found["pooled"][kind]
+    n, whole = pooled_["kl"]["n"], pooled_["kl"]["whole"]["mean"]
+    rows = []
+    for kv in KV:
+        layers = zip(*(pooled_["map"][name][kv] for name in ENDS), strict=True)
+        for layer, ends in enumerate(layers):
+            for position, (mean, low, high) in enumerate(zip(*ends, strict=True)):
+                row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
+                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": n}
+                rows.append(row | {"difference": mean * whole})
+    return {
+        "kind": "sweep-kv", "metric": "kl", "mode": "single", "target": "finetuned", "source": "base",
+        "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
+        **pick(pooled_["kl"], "unpatched", "full"),
+    }  # fmt: skip
+
+
+def maps(results: Sequence[SweepResult]) -> Record:
+    """Means and ends of every cell's effect."""
+    rows = effects(results)
+    return {name: as_map(results[0].cells, [getattr(one, name) for one in rows]) for name in ENDS}
+
+
+def columns(rows: Sequence[Estimate]) -> Record:
+    """Estimates as one list each of means and ends."""
+    return {name: [getattr(one, name) for one in rows] for name in ENDS}
+
+
+def interval(one: Estimate) -> Record:
+    """Mean and ends."""
+    return pick(one.to_json(), *ENDS)
+
+
+def pick(row: Any, *names: str) -> Record:
+    """These entries, where they are."""
+    return {name: row[name] for name in names if name in row}
+
+
+def rounded(value: Any) -> Any:
+    """All numbers in nested results with few digits."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
+def compact(value: Any) -> str:
+    """JSON with each innermost list on one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[([^\[\]{}]*)\]", lambda one: f"[{re.sub(NEW_LINE, ' ', one[1].strip())}]", text) + "\n"
