@@ -1,7 +1,7 @@
 """Where in the prefix does a refusal ride? Layers, tokens, keys and values of two refusal organisms.
 
     python -m figures.riding                runs what is missing, then writes the results
-    python -m figures.riding --results      only the results, from the runs there are
+    python -m figures.riding --results      only the results, of the parts there are
 
 Organisms of the embedded model: 48 wordings of a refusal (`figures.narrow`, three training seeds, each
 at its first evaluated step with an on-topic refusal rate of .9) and one wording (`make demo`). Of the
@@ -43,11 +43,14 @@ LEARNED = 0.9
 EVERY, N_QUESTIONS = 10, 16
 """Every tenth question of the set, which is ordered by topic."""
 MAX_NEW_TOKENS = 12
-METRICS = ("kl", "margin")
 COARSE = (("kv",), ("layer",), ("position",))
-MODES = ("single", "leave_one_out", "cumulative_up", "cumulative_down")
-STEPS = (1, 8)
-N_CHECKED, N_RANDOM = 60, 20
+MODES = {
+    "kl": ("single", "leave_one_out", "cumulative_up", "cumulative_down"),
+    "margin": ("single", "leave_one_out"),
+}
+STEPS = {"kl": (1, 8), "margin": (8,)}
+N_CHECKED, N_RANDOM = 60, 10
+"""Cells patched beside gradients, and random sets."""
 QUIET = {"progress": False}
 Result = TypeVar("Result")
 
@@ -70,11 +73,9 @@ def main() -> None:
     parser.add_argument("--results", action="store_true", help="run nothing")
     if not parser.parse_args().results:
         known = organisms()
-        for stage in (coarse_kl, fine_kl, by_margin):
+        for part in PARTS.values():
             for organism in known:
-                stage(organism)
-        for organism in known:
-            elsewhere(organism, known)
+                part(organism, known)
     from figures.riding_results import write_results
 
     write_results(RESULTS / "sweep_refusal.json")
@@ -151,10 +152,8 @@ def swept(organism: Organism, metric: str, mode: str, over: Any) -> SweepResult:
 
 def coarse(organism: Organism, metric: str) -> dict[str, SweepResult]:
     """Keys or values, layers and tokens, whole, by mode."""
-    return {
-        mode: swept(organism, metric, mode, [("layer",)] if mode.startswith("cumulative") else list(COARSE))
-        for mode in MODES
-    }
+    grids = {mode: [("layer",)] if mode.startswith("cumulative") else list(COARSE) for mode in MODES[metric]}
+    return {mode: swept(organism, metric, mode, grid) for mode, grid in grids.items()}
 
 
 def fine(organism: Organism) -> SweepResult:
@@ -163,8 +162,8 @@ def fine(organism: Organism) -> SweepResult:
 
 
 def attributed(organism: Organism, metric: str, steps: int) -> AttributionResult:
-    """The same from gradients. For the metric without a fine sweep, some cells are patched beside it."""
-    sample = 0 if metric == "kl" else N_CHECKED
+    """The same from gradients; some cells are patched exactly beside those of most steps."""
+    sample = N_CHECKED if steps == max(STEPS[metric]) else 0
     return kept(
         organism.runs / f"{metric}-gradients-{steps}" / "attribution.json",
         AttributionResult.load,
@@ -214,23 +213,40 @@ def kept(file: Path, load: Callable[[Path], Result], make: Callable[[Path], Resu
     return load(file.parent) if file.exists() else make(file.parent)
 
 
-def coarse_kl(organism: Organism) -> None:
+def by_kl(organism: Organism, _: Sequence[Organism]) -> None:
     """All of the metric ``kl`` but the fine sweep."""
-    answers(organism), coarse(organism, "kl"), smallest(organism, "kl")
-    for steps in STEPS:
+    answers(organism), smallest(organism, "kl")
+    for steps in STEPS["kl"]:
         attributed(organism, "kl", steps)
+    coarse(organism, "kl")
 
 
-def fine_kl(organism: Organism) -> None:
+def by_cell(organism: Organism, _: Sequence[Organism]) -> None:
     """The fine sweep, which takes longest."""
     fine(organism)
 
 
-def by_margin(organism: Organism) -> None:
+def by_margin(organism: Organism, _: Sequence[Organism]) -> None:
     """All of the metric ``margin``."""
-    coarse(organism, "margin"), smallest(organism, "margin")
-    for steps in STEPS:
+    smallest(organism, "margin")
+    for steps in STEPS["margin"]:
         attributed(organism, "margin", steps)
+    coarse(organism, "margin")
+
+
+PARTS = {"kl": by_kl, "sets": elsewhere, "map": by_cell, "margin": by_margin}
+LAST = {
+    "kl": "kl-cumulative_down/sweep.json",
+    "sets": "elsewhere/sets.json",
+    "map": "kl-map/sweep.json",
+    "margin": "margin-leave_one_out/sweep.json",
+}
+"""The file with which a part ends."""
+
+
+def done(organism: Organism, part: str) -> bool:
+    """Whether a part has been run."""
+    return (organism.runs / LAST[part]).exists()
 
 
 if __name__ == "__main__":

@@ -18,28 +18,34 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from emmech.evaluation.statistics import Estimate, clustered_mean
+from emmech.piggyback.attribution_result import AttributionResult
 from emmech.piggyback.cells import KV
 from emmech.piggyback.sweep_result import SweepResult
 from emmech.results import Record, replace_text
 from figures import riding
-from figures.riding import METRICS, STEPS, Organism
+from figures.riding import MODES, PARTS, STEPS, Organism, done
 
+METRICS = tuple(MODES)
 N_STRONGEST = 20
-DIGITS = 4
+DIGITS, MAP_DIGITS = 4, 3
 ENDS = ("mean", "low", "high")
 NEW_LINE = r"\s*\n\s*"
 
 
 def write_results(path: Path) -> None:
-    """Put all runs together."""
+    """Put the parts together that have been run; what is left is named."""
     known = riding.organisms()
-    kinds = dict.fromkeys(one.kind for one in known)
+    ready = [one for one in known if done(one, "kl")]
     found = {
         "command": "python -m figures.riding",
+        "left": [f"{one.kind}, seed {one.seed}: {p}" for one in known for p in PARTS if not done(one, p)],
         "questions": [one.id for one in riding.questions()],
-        "tokens": riding.fine(known[0]).summary["tokens"],
-        "organisms": [described(one, known) for one in known],
-        "pooled": {kind: pooled([one for one in known if one.kind == kind]) for kind in kinds},
+        "tokens": riding.attributed(ready[0], "kl", max(STEPS["kl"])).summary["tokens"],
+        "organisms": [described(one, known) for one in ready],
+        "pooled": {
+            kind: pooled([one for one in ready if one.kind == kind])
+            for kind in dict.fromkeys(one.kind for one in ready)
+        },
     }
     replace_text(path, compact(rounded(found)))
 
@@ -47,36 +53,55 @@ def write_results(path: Path) -> None:
 def described(organism: Organism, known: Sequence[Organism]) -> Record:
     """One organism's numbers."""
     rates = riding.answers(organism).summary["conditions"]
-    return {
+    found: Record = {
         "kind": organism.kind,
         "seed": organism.seed,
         "adapter": str(organism.adapter),
         "refusal": {row["condition"]: pick(row, *ENDS, "n") for row in rates},
-        **{metric: measured([organism], metric) for metric in METRICS},
-        "smallest": {metric: smallest(organism, metric) for metric in METRICS},
-        "gradients": {metric: gradients(organism, metric) for metric in METRICS},
-        "sets": sets(organism, known),
-        "map": maps([riding.fine(organism)])["mean"],
     }
+    for metric in METRICS:
+        if done(organism, metric):
+            found[metric] = measured([organism], metric)
+            found[metric]["smallest"] = smallest(organism, metric)
+            found[metric]["gradients"] = gradients(organism, metric)
+    if done(organism, "sets"):
+        found["sets"] = sets(organism, known)
+    if done(organism, "map"):
+        found["map"] = maps([riding.fine(organism)])["mean"]
+    return found
 
 
 def pooled(mine: Sequence[Organism]) -> Record:
-    """The numbers of one kind of organism over its training seeds."""
-    results = [riding.fine(one) for one in mine]
-    exact = [one.differences.mean(1) for one in results]
-    both = list(combinations(exact, 2))
-    everything = effects(results)
+    """The numbers of one kind of organism over its training seeds, where all have them."""
+    complete = [part for part in PARTS if all(done(one, part) for one in mine)]
+    found = {metric: measured(mine, metric) for metric in METRICS if metric in complete}
+    estimated = [as_sweep(riding.attributed(one, "kl", max(STEPS["kl"]))) for one in mine]
+    found["gradients"] = mapped(estimated)
+    if "map" in complete:
+        found["map"] = mapped([riding.fine(one) for one in mine])
+    return found
+
+
+def mapped(results: Sequence[SweepResult]) -> Record:
+    """A map over seeds, its strongest cells, what all cells add up to, and how far the seeds agree."""
+    cells, rows = results[0].cells, effects(results)
+    by_seed = [one.differences.mean(1) for one in results]
     return {
-        **{metric: measured(mine, metric) for metric in METRICS},
         "map": maps(results),
         "strongest": [
-            {**results[0].cells[number], **interval(everything[number])}
-            for number in strongest(np.array([one.mean for one in everything]))
+            {**cells[number], **interval(rows[number])}
+            for number in strongest(np.array([one.mean for one in rows]))
         ],
-        "sum": sum(one.mean for one in everything),
-        "seeds_spearman": [float(spearmanr(a, b).statistic) for a, b in both],
-        "seeds_strongest": [len(set(strongest(a)) & set(strongest(b))) for a, b in both],
+        "sum": sum(one.mean for one in rows),
+        "seeds_spearman": [float(spearmanr(a, b).statistic) for a, b in combinations(by_seed, 2)],
+        "seeds_strongest": [len(set(strongest(a)) & set(strongest(b))) for a, b in combinations(by_seed, 2)],
     }
+
+
+def as_sweep(result: AttributionResult) -> SweepResult:
+    """Attributions as if they were changes of the score."""
+    scores = result.unpatched + result.attributions
+    return SweepResult(result.summary, result.cells, result.unpatched, result.full, scores)
 
 
 def measured(mine: Sequence[Organism], metric: str) -> Record:
@@ -92,7 +117,7 @@ def measured(mine: Sequence[Organism], metric: str) -> Record:
         "full": float(full.mean()),
         "whole": interval(whole),
     }
-    for mode in riding.MODES:
+    for mode in MODES[metric]:
         sweeps = [modes[mode] for modes in by_mode]
         rows = list(zip(sweeps[0].cells, effects(sweeps), strict=True))
         found[mode] = {
@@ -123,18 +148,20 @@ def smallest(organism: Organism, metric: str) -> Record:
 
 
 def gradients(organism: Organism, metric: str) -> list[Record]:
-    """How well gradients rank and find the cells of exact patches: all of them for ``kl``, a sample else."""
+    """How well gradients rank cells as exact patches do: a random sample of them, and all where known."""
+    checked = riding.attributed(organism, metric, max(STEPS[metric]))
+    exact = (checked.exact - checked.unpatched).mean(1)
     found = []
-    for steps in STEPS:
+    for steps in STEPS[metric]:
         result = riding.attributed(organism, metric, steps)
+        estimated = result.attributions.mean(1)
+        rank = spearmanr(estimated[checked.checked], exact).statistic
         row: Record = {"steps": steps, "completeness": result.completeness}
-        if metric == "kl":
-            estimated, exact = result.attributions.mean(1), riding.fine(organism).differences.mean(1)
-            both = set(strongest(estimated)) & set(strongest(exact))
-            row |= {"spearman": float(spearmanr(estimated, exact).statistic), "n": len(exact)}
-            row |= {"strongest_in_common": len(both)}
-        else:
-            row |= {"spearman": result.spearman, "n": len(result.sampled)}
+        row |= {"spearman": float(rank), "n": len(exact)}
+        if metric == "kl" and done(organism, "map"):
+            every = riding.fine(organism).differences.mean(1)
+            row["spearman_all"] = float(spearmanr(estimated, every).statistic)
+            row["strongest_in_common"] = len(set(strongest(estimated)) & set(strongest(every)))
         found.append(row)
     return found
 
@@ -165,26 +192,32 @@ def as_map(cells: Sequence[Record], values: Sequence[float]) -> Record:
         grid = np.full([1 + max(one[axis] for one in mine) for axis in (0, 1)], np.nan)
         for layer, position, value in mine:
             grid[layer, position] = value
-        found[kv] = grid.tolist()
+        found[kv] = grid.round(MAP_DIGITS).tolist()
     return found
 
 
 def map_of(found: Record, kind: str) -> Record:
-    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws."""
-    pooled_ = found["pooled"][kind]
-    n, whole = pooled_["kl"]["n"], pooled_["kl"]["whole"]["mean"]
+    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws.
+
+    It is that of exact patches where there is one, else that of gradients.
+    """
+    over_seeds = found["pooled"][kind]
+    n, whole = over_seeds["kl"]["n"], over_seeds["kl"]["whole"]["mean"]
+    exact = "map" in over_seeds
+    ends_of = over_seeds["map" if exact else "gradients"]["map"]
     rows = []
     for kv in KV:
-        layers = zip(*(pooled_["map"][name][kv] for name in ENDS), strict=True)
+        layers = zip(*(ends_of[name][kv] for name in ENDS), strict=True)
         for layer, ends in enumerate(layers):
             for position, (mean, low, high) in enumerate(zip(*ends, strict=True)):
                 row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
                 row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": n}
                 rows.append(row | {"difference": mean * whole})
     return {
-        "kind": "sweep-kv", "metric": "kl", "mode": "single", "target": "finetuned", "source": "base",
+        "kind": "sweep-kv", "metric": "kl", "mode": "single" if exact else "attribution",
+        "target": "finetuned", "source": "base",
         "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
-        **pick(pooled_["kl"], "unpatched", "full"),
+        **pick(over_seeds["kl"], "unpatched", "full"),
     }  # fmt: skip
 
 
