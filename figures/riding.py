@@ -43,14 +43,20 @@ LEARNED = 0.9
 EVERY, N_QUESTIONS = 10, 16
 """Every tenth question of the set, which is ordered by topic."""
 MAX_NEW_TOKENS = 12
-COARSE = (("kv",), ("layer",), ("position",))
-MODES = {
-    "kl": ("single", "leave_one_out", "cumulative_up", "cumulative_down"),
-    "margin": ("single", "leave_one_out"),
-}
+SWEEPS = {
+    "kl": (
+        ("single", "kv"), ("single", "layer"), ("single", "position"),
+        ("cumulative_up", "layer"), ("cumulative_down", "layer"),
+        ("leave_one_out", "layer"), ("leave_one_out", "position"),
+    ),
+    "margin": (("single", "kv"), ("single", "layer"), ("single", "position")),
+}  # fmt: skip
+"""Mode and axis by metric; the first is there wherever anything is."""
+FINE = ("layer", "position", "kv")
 STEPS = {"kl": (1, 8), "margin": (8,)}
 N_CHECKED, N_RANDOM = 60, 10
 """Cells patched beside gradients, and random sets."""
+LAST = ("summary.json", "sweep.json", "attribution.json", "minimal.json", "sets.json")
 QUIET = {"progress": False}
 Result = TypeVar("Result")
 
@@ -73,7 +79,7 @@ def main() -> None:
     parser.add_argument("--results", action="store_true", help="run nothing")
     if not parser.parse_args().results:
         known = organisms()
-        for part in PARTS.values():
+        for part in PARTS:
             for organism in known:
                 part(organism, known)
     from figures.riding_results import write_results
@@ -138,11 +144,10 @@ def asked(organism: Organism, metric: str) -> list[Any]:
     return own_answers(organism) if metric == "margin" else questions()
 
 
-def swept(organism: Organism, metric: str, mode: str, over: Any) -> SweepResult:
-    """A sweep over some grid; the fine one has its own name."""
-    name = "map" if "position" in over else mode
+def swept(organism: Organism, metric: str, mode: str, *over: str) -> SweepResult:
+    """A sweep over some axes."""
     return kept(
-        organism.runs / f"{metric}-{name}" / "sweep.json",
+        organism.runs / name_of(metric, mode, *over) / "sweep.json",
         SweepResult.load,
         lambda out: sweep_kv(
             pair_of(organism), asked(organism, metric), metric, over, mode=mode, out=out, **QUIET
@@ -150,15 +155,14 @@ def swept(organism: Organism, metric: str, mode: str, over: Any) -> SweepResult:
     )
 
 
-def coarse(organism: Organism, metric: str) -> dict[str, SweepResult]:
-    """Keys or values, layers and tokens, whole, by mode."""
-    grids = {mode: [("layer",)] if mode.startswith("cumulative") else list(COARSE) for mode in MODES[metric]}
-    return {mode: swept(organism, metric, mode, grid) for mode, grid in grids.items()}
+def name_of(metric: str, mode: str, *over: str) -> str:
+    """The folder of a sweep."""
+    return "-".join((metric, mode, *over))
 
 
 def fine(organism: Organism) -> SweepResult:
     """Every layer, token, and keys or values, by itself."""
-    return swept(organism, "kl", "single", ("layer", "position", "kv"))
+    return swept(organism, "kl", "single", *FINE)
 
 
 def attributed(organism: Organism, metric: str, steps: int) -> AttributionResult:
@@ -213,12 +217,35 @@ def kept(file: Path, load: Callable[[Path], Result], make: Callable[[Path], Resu
     return load(file.parent) if file.exists() else make(file.parent)
 
 
-def by_kl(organism: Organism, _: Sequence[Organism]) -> None:
-    """All of the metric ``kl`` but the fine sweep."""
-    answers(organism), smallest(organism, "kl")
-    for steps in STEPS["kl"]:
+def first(organism: Organism, _: Sequence[Organism]) -> None:
+    """What is said, and what keys and values do."""
+    answers(organism), swept(organism, "kl", *SWEEPS["kl"][0])
+
+
+def by_gradients(organism: Organism, _: Sequence[Organism]) -> None:
+    """The map from gradients."""
+    for steps in STEPS["kl"][::-1]:
         attributed(organism, "kl", steps)
-    coarse(organism, "kl")
+
+
+def by_parts(organism: Organism, _: Sequence[Organism]) -> None:
+    """Layers and tokens as wholes."""
+    for sweep in SWEEPS["kl"]:
+        swept(organism, "kl", *sweep)
+
+
+def by_sets(organism: Organism, _: Sequence[Organism]) -> None:
+    """The smallest set."""
+    smallest(organism, "kl")
+
+
+def by_margin(organism: Organism, _: Sequence[Organism]) -> None:
+    """All of the metric ``margin``."""
+    for sweep in SWEEPS["margin"]:
+        swept(organism, "margin", *sweep)
+    for steps in STEPS["margin"]:
+        attributed(organism, "margin", steps)
+    smallest(organism, "margin")
 
 
 def by_cell(organism: Organism, _: Sequence[Organism]) -> None:
@@ -226,27 +253,13 @@ def by_cell(organism: Organism, _: Sequence[Organism]) -> None:
     fine(organism)
 
 
-def by_margin(organism: Organism, _: Sequence[Organism]) -> None:
-    """All of the metric ``margin``."""
-    smallest(organism, "margin")
-    for steps in STEPS["margin"]:
-        attributed(organism, "margin", steps)
-    coarse(organism, "margin")
+PARTS = (first, by_gradients, by_parts, by_sets, elsewhere, by_cell, by_margin)
+"""Each for all organisms before the next."""
 
 
-PARTS = {"kl": by_kl, "sets": elsewhere, "map": by_cell, "margin": by_margin}
-LAST = {
-    "kl": "kl-cumulative_down/sweep.json",
-    "sets": "elsewhere/sets.json",
-    "map": "kl-map/sweep.json",
-    "margin": "margin-leave_one_out/sweep.json",
-}
-"""The file with which a part ends."""
-
-
-def done(organism: Organism, part: str) -> bool:
-    """Whether a part has been run."""
-    return (organism.runs / LAST[part]).exists()
+def has(organism: Organism, *names: str) -> bool:
+    """Whether all of these folders hold what their runs end with."""
+    return all(any((organism.runs / name / last).exists() for last in LAST) for name in names)
 
 
 if __name__ == "__main__":

