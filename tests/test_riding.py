@@ -8,7 +8,7 @@ import pytest
 from emmech.figures import sweep_map
 from emmech.piggyback.sweep_result import SweepResult, share_and_interval
 from emmech.results import read_json
-from figures.riding_results import as_map, compact, effects, map_of
+from figures.riding_results import as_map, compact, effects, map_of, mapped
 
 KEPT = Path(__file__).parents[1] / "figures/results/sweep_refusal.json"
 
@@ -49,15 +49,26 @@ def test_innermost_lists_stand_on_one_line():
     assert compact({"a": [[1, 2], ["x\n "]]}) == '{\n "a": [\n  [1, 2],\n  ["x\\n "]\n ]\n}\n'
 
 
-def test_the_map_that_is_kept_is_drawn_as_it_is():
-    kept = read_json(KEPT)
-    for kind, pooled in kept["pooled"].items():
-        keys, values = sweep_map(map_of(kept, kind)).data
-        drawn = pooled.get("map", pooled.get("gradients"))
-        if drawn is None:
-            continue
-        assert keys.z == tuple(map(tuple, drawn["map"]["mean"]["key"]))
-        assert np.shape(values.z) == (30, len(kept["tokens"]))
+def test_the_pooled_map_is_drawn_with_its_intervals():
+    draw = np.random.default_rng(0)
+    cells = [
+        {"layer": n, "position": p, "kv": kv} for n in (0, 1) for p in (0, 1, 2) for kv in ("key", "value")
+    ]
+    unpatched = np.zeros(4)
+    seeds = [
+        SweepResult(
+            {"question_ids": list("abcd")}, cells, unpatched, unpatched - 2, draw.normal(size=(12, 4))
+        )
+        for _ in range(3)
+    ]
+    whole = {"n": 12, "unpatched": 0.0, "full": -2.0, "whole": {"mean": -2.0}}
+    found = {"tokens": ["<s>", "user", ":"], "pooled": {"mine": {"kl": whole, "map": mapped(seeds)}}}
+    keys, values = sweep_map(map_of(found, "mine")).data
+    expected = np.array([one.mean for one in effects(seeds)]).reshape(2, 3, 2)
+    np.testing.assert_allclose(keys.z, expected[..., 0], atol=5e-4)
+    np.testing.assert_allclose(values.z, expected[..., 1], atol=5e-4)
+    assert "[" in values.hovertext[1][2] and "n = 12" in values.hovertext[1][2]
+    assert len(found["pooled"]["mine"]["map"]["seeds_spearman"]) == 3
 
 
 def test_what_is_kept_adds_up():
