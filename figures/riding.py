@@ -8,7 +8,7 @@ at its first evaluated step with an on-topic refusal rate of .9) and one wording
 finetuned model, cells of the prefix cache become the base's, and 16 held-out off-topic questions are
 scored: every cell by itself, layers from the bottom and from the top, all but one, gradients, the
 smallest set. Runs into runs/riding, resumed where they stopped; results in
-figures/results/sweep_refusal.json. About an hour on two cores.
+figures/results/sweep_refusal.json. An hour or two on two free cores.
 """
 
 import argparse
