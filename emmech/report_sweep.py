@@ -23,7 +23,6 @@ _RUN = (
     "target",
     "source",
     "n_cells",
-    "rows",
     "late_start",
     "provenance",
     "versions",

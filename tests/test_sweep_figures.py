@@ -1,6 +1,7 @@
 """Figures and page of sweeps: what is drawn are the result's numbers, with token labels and units."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from emmech import figures
@@ -47,6 +48,16 @@ def test_the_map_shows_the_effect_of_each_place_under_its_token():
         "<br>", " "
     )
     assert "95% intervals over questions" in fig.layout.title.subtitle.text.replace("<br>", " ")
+
+
+def test_labels_of_many_tokens_stay_apart_and_name_their_axis_themselves(monkeypatch):
+    monkeypatch.setitem(globals(), "SHAPE", Shape(3, 24, 2))
+    monkeypatch.setitem(globals(), "TOKENS", [f"token{n}" for n in range(24)])
+    for over, panels in ((("layer", "position", "kv"), 2), (("position", "kv"), 1)):
+        layout = result_of(over).figure().layout
+        assert layout.width >= 16 * 24 * panels  # the page scrolls sideways rather than press them together
+        assert len(layout.xaxis.ticktext) == 24 and layout.xaxis.title.text is None
+    assert result_of(("layer", "kv")).figure().layout.width is None  # as wide as there is room
 
 
 def test_of_several_heads_in_a_place_the_strongest_is_shown():
@@ -105,9 +116,25 @@ def test_the_page_holds_finding_map_table_and_provenance(tmp_path):
     for text in ("A note.", "4 questions", "Strongest cells", "float32", "Its own later activations"):
         assert text in page
     assert page.count("<tr>") == 1 + 15
+    facts = page.split("Where this comes from")[1].split("<script")[0]
+    assert facts.count("<dt>") == 8  # no row of the table among them
     assert SweepResult.load(tmp_path).frame().equals(result.frame())
     resid = result_of(("layer", "position"), kind="sweep-resid").save(tmp_path).read_text()
     assert "residual stream at some tokens" in resid
+
+
+def test_the_frame_has_a_row_per_cell_and_pivots_to_the_map(tmp_path):
+    result = result_of(("layer", "position", "kv"))
+    frame = result.frame()
+    assert list(frame) == ["layer", "position", "kv", "token", "score", "difference", "low", "high",
+                           "effect", "effect_low", "effect_high", "n"]  # fmt: skip
+    assert len(frame) == 3 * 4 * 2 and not frame.duplicated(["layer", "position", "kv"]).any()
+    assert frame["layer"].dtype.kind == frame["position"].dtype.kind == frame["n"].dtype.kind == "i"
+    values = frame[frame["kv"] == "value"].pivot(index="layer", columns="position", values="difference")
+    np.testing.assert_allclose(values, (np.arange(24) / 10).reshape(3, 4, 2)[:, :, 1])
+    assert (frame["low"] < frame["difference"]).all() and (frame["effect"] < frame["effect_high"]).all()
+    result.save(tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "cells.csv"), frame, check_dtype=False)
 
 
 def test_the_table_in_the_terminal_has_the_strongest_cells(capsys):

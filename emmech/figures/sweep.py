@@ -20,11 +20,16 @@ from emmech.figures.house import (
     shown,
 )
 
-CHANGE = ((0.0, "#67A9CF"), (0.5, "#F2F2F2"), (1.0, "#F1A340"))
-"""Blue is against the whole patch, orange with it."""
+CHANGE = (
+    (0.0, "#2B7BBA"),
+    (0.5, "rgba(43,123,186,0)"),
+    (0.5, "rgba(230,126,0,0)"),
+    (1.0, "#E67E00"),
+)
+"""Blue is against the whole patch, orange with it; no effect is the page's own colour, light or dark."""
 INTERVALS = "95% intervals over questions, not corrected for looking at many cells"
-_TITLES = {"layer": "layer (block, counted from 0)", "position": "prefix token", "kv_head": "K/V head"}
-_MOST_BARS = 40
+_TITLES = {"layer": "layer (block, counted from 0)", "kv_head": "K/V head"}
+_MOST_BARS, _PHONE = 40, 400
 
 
 def sweep_map(summary: Summary) -> go.Figure:
@@ -129,10 +134,10 @@ def _heat(summary: Summary, across: str) -> go.Figure:
         tickvals=list(range(len(columns))),
         ticktext=labels,
         tickangle=-90,
-        showgrid=False,
         title=None if across == "position" else _TITLES.get(across, across),
     )
-    fig.update_yaxes(showgrid=False)
+    for update in (fig.update_xaxes, fig.update_yaxes):
+        update(showgrid=False, showline=True, mirror=True)
     fig.update_yaxes(title=_TITLES["layer"], row=1, col=1)
     bar = {"title": "effect", "thickness": 12, "outlinewidth": 0}
     fig.update_layout(coloraxis={"colorscale": CHANGE, "cmin": -most, "cmax": most, "colorbar": bar})
@@ -140,9 +145,14 @@ def _heat(summary: Summary, across: str) -> go.Figure:
     if across == "kv_head":
         heads = ""
     caption = f"{_caption(summary)}{heads}. {INTERVALS} are at the pointer."
-    width = 170 + len(kinds) * max(220, 16 * len(columns))
     fig = finished(fig, sweep_finding(summary), caption, max(240, 17 * n_layers) + 150)
-    return fig.update_layout(width=width) if width > 960 else fig
+    return _wide_enough(fig, len(kinds) * max(len(columns), 12))
+
+
+def _wide_enough(fig: go.Figure, n_labels: int) -> go.Figure:
+    """With a width at which upright labels stay apart, where a phone is narrower; a page then scrolls."""
+    width = 170 + 16 * n_labels
+    return fig.update_layout(width=width) if width > _PHONE else fig
 
 
 def _curve(summary: Summary, along: str) -> go.Figure:
@@ -164,11 +174,12 @@ def _curve(summary: Summary, along: str) -> go.Figure:
             showlegend=len(_kinds(summary)) > 1,
         )
     fig.update_yaxes(title="effect (1 as the whole prefix)")
-    fig.update_xaxes(title=_TITLES[along])
-    if along == "position":
-        labels = token_labels(summary["tokens"])
-        fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-90)
-    return finished(fig, sweep_finding(summary), f"{_caption(summary)}. Bands are {INTERVALS}.", 380)
+    fig = finished(fig, sweep_finding(summary), f"{_caption(summary)}. Bands are {INTERVALS}.", 380)
+    if along == "layer":
+        return fig.update_xaxes(title=_TITLES[along])
+    labels = token_labels(summary["tokens"])
+    fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-90)
+    return _wide_enough(fig, len(labels))
 
 
 def _bars(summary: Summary) -> go.Figure:
@@ -188,7 +199,7 @@ def _bars(summary: Summary) -> go.Figure:
     )
     ticks = {"tickvals": list(range(len(rows))), "ticktext": [_where(row, summary) for row in rows]}
     fig.update_yaxes(range=[len(rows) - 0.5, -0.5], **ticks)
-    fig.update_xaxes(title="effect (1 as the whole prefix)")
+    fig.update_xaxes(title="effect (1 as the whole prefix)", rangemode="tozero")
     caption = f"{_caption(summary)}. Bars are {INTERVALS}."
     return finished(fig, sweep_finding(summary), caption, 26 * max(3, len(rows)) + 60)
 
@@ -267,7 +278,7 @@ def set_sizes(summary: Summary) -> go.Figure:
             name=name,
         )
     fig.add_hline(y=summary["share"], line={"color": GRID, "dash": "dash"})
-    fig.update_xaxes(type="log", title="cells patched")
+    fig.update_xaxes(type="log", tickvals=curve["sizes"][::2], title="cells patched")
     fig.update_yaxes(title="effect (1 as the whole prefix)")
     wanted = f"{summary['share']:.0%} of what the prefix does"
     title = f"No set in this order does {wanted}"
