@@ -12,6 +12,7 @@ import difflib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Organism:
     shown: int | None
     """Step of training that analyses look at; None is the last."""
     finetune: Mapping[str, Any]
+    """Options of its training; under the name of a method, those of that method alone."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,16 @@ class Study:
 
     def finetune(self, organism: str, method: str, seed: Any) -> str:
         """Arguments of ``emmech finetune``, but for --out."""
-        what, options = self.organisms[organism], dict(self.methods[method])
+        what, options = self.organisms[organism], self.recipe(organism, method)
         objective = options.pop("objective", method)
         fixed = {"base": what.base, "dataset": what.data, "seed": int(seed)}
-        return shlex.join([objective, *_arguments(fixed | dict(what.finetune) | options)])
+        return shlex.join([objective, *_arguments(fixed | options)])
+
+    def recipe(self, organism: str, method: str) -> dict[str, Any]:
+        """Options of a finetune: the organism's, the method's, then the organism's for this method."""
+        given = self.organisms[organism].finetune
+        shared = {name: value for name, value in given.items() if name not in self.methods}
+        return shared | dict(self.methods[method]) | dict(given.get(method) or {})
 
     def trained(self, organism: str, analysis: str) -> list[str]:
         """Folders of the finetunes that an analysis of all of them reads."""
@@ -175,9 +183,11 @@ def read_study(plan: Mapping[str, Any]) -> Study:
     sections = {name: dict(plan[name] or {}) for name in ANALYSES if name in plan}
     others = {name: plan[name] for name in ("n_questions", "runs", "kept") if name in plan}
     study = Study(organisms, methods, plan["seeds"], sections, resources, **others)
+    _check_finetunes(study)
     for analysis, section in sections.items():
         _check_selection(study, analysis, section)
-    _check_commands(study)
+    for job in study.jobs():
+        _check_analysis(study, job)
     return study
 
 
@@ -195,10 +205,10 @@ def _organism(name: str, about: Mapping[str, Any], plan: Mapping[str, Any]) -> O
 
 def _check_set(name: str, holds: str) -> None:
     """Refuse a set that is neither bundled, public, a file nor, for chats, a hub id."""
-    is_hub_id = holds == "chats" and name.count("/") == 1 and not Path(name).suffix
-    if name in BUNDLED or Path(name).is_file() or is_hub_id:
-        return
-    if name not in PUBLIC or PUBLIC[name].holds != holds:
+    bundled = name in BUNDLED and (holds == "questions" or BUNDLED[name].answer is not None)
+    public = name in PUBLIC and PUBLIC[name].holds == holds
+    hub_id = holds == "chats" and name.count("/") == 1 and not Path(name).suffix
+    if not (bundled or public or hub_id or Path(name).is_file()):
         fix = "Correct the name (`emmech data` lists them), or put the file there"
         raise DataError(f"a set or file of {holds}", f"'{name}' is none{_meant(name, BUNDLED)}", fix)
 
@@ -220,23 +230,25 @@ def _check_selection(study: Study, analysis: str, section: Mapping[str, Any]) ->
             )
 
 
-def _check_commands(study: Study) -> None:
-    """Let each command parse its command lines."""
+def _check_finetunes(study: Study) -> None:
     for organism, method, seed in product(study.organisms, study.methods, study.seeds):
-        options = {**study.organisms[organism].finetune, **study.methods[method]}
+        options = study.recipe(organism, method)
         where = f"finetune of organism {organism} or method {method}"
         _check_options("finetune", options, where, also=("objective",))
         _parse("finetune", f"{study.finetune(organism, method, seed)} --out out", where)
+        if "retain" in options:
+            _check_set(options["retain"], "chats")
         if "preset" in options:
             from emmech.training.recipes import preset
 
             preset(options["preset"])
-    for job in study.jobs():
-        command, _ = ANALYSES[job.analysis]
-        _check_options(command, study.sections[job.analysis], job.analysis, also=SELECTING)
-        looked_at = "at" if command.startswith(("frontier", "gates")) else "--finetuned at"
-        line = f"{looked_at} {study.options(job.analysis, job.organism)} --out out"
-        _parse(command, line, job.analysis)
+
+
+def _check_analysis(study: Study, job: Job) -> None:
+    command, _ = ANALYSES[job.analysis]
+    _check_options(command, study.sections[job.analysis], job.analysis, also=SELECTING)
+    looked_at = "at" if command.startswith(("frontier", "gates")) else "--finetuned at"
+    _parse(command, f"{looked_at} {study.options(job.analysis, job.organism)} --out out", job.analysis)
 
 
 def _check_options(command: str, options: Mapping[str, Any], where: str, also: Iterable[str]) -> None:
@@ -246,6 +258,7 @@ def _check_options(command: str, options: Mapping[str, Any], where: str, also: I
 
 
 def _parse(command: str, line: str, where: str) -> None:
+    """Let the command itself read a command line that it will be given."""
     try:
         _command(command).make_context(command, shlex.split(line))
     except UsageError as error:
@@ -256,6 +269,7 @@ def _parse(command: str, line: str, where: str) -> None:
         ) from error
 
 
+@cache
 def _command(name: str) -> Any:
     from emmech.cli import app
 
