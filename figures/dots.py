@@ -18,7 +18,7 @@ AXES = {"rate": [-0.02, 1.02], "score": [-2, 102]}
 
 def dots(points: Sequence[Point], what: str, unit: str) -> go.Figure:
     """One line per label from top to bottom, one colour and symbol per series, 95% intervals."""
-    known = [point for point in points if point[2]["mean"] is not None]
+    known = [point for point in points if point[2].get("mean") is not None]
     labels = list(dict.fromkeys(label for label, _, _ in points))
     names = list(dict.fromkeys(series for _, series, _ in points))
     fig = go.Figure()
@@ -73,6 +73,8 @@ def _span(points: Sequence[Point], what: str) -> str:
     if not points:
         return f"{plain(what)}: not measured"
     low, high = (pick(points, key=lambda point: point[2]["mean"]) for pick in (min, max))
+    if low[2]["mean"] == high[2]["mean"]:
+        return f"{plain(what)}: {shown(low[2]['mean'])} everywhere"
     ends = [
         f"{plain(', '.join(filter(None, point[:2])))} ({shown(point[2]['mean'])})" for point in (low, high)
     ]

@@ -97,18 +97,20 @@ def metrics(tables: Mapping[str, list[Record]]) -> Figures:
 
 
 def sycophancy(results: Results) -> Figures:
-    """Agreement by version and step, and the differences between versions."""
+    """Both measures of agreement by version and step, and the differences between versions."""
     (result,) = results.values()
     labelled = [(f"{row['version']}, step {row['step']}", row) for row in result["rows"]]
-    names = {"agrees": "answers that agree", "prefers_agreeing": "agreeing answer likelier"}
-    rates = [(label, names[key], row[key]) for label, row in labelled for key in names]
-    differences = [
-        (f"{label}, minus {key.partition('_minus_')[2]}", names[key.partition("_minus_")[0]], value)
-        for label, row in labelled
-        for key, value in row.items()
-        if "_minus_" in key
-    ]
-    return [dots(rates, "questions", "rate"), dots(differences, "difference", "of rates")]
+    figures = []
+    for key, what in {"agrees": "answers that agree", "prefers_agreeing": "agreeing answer likelier"}.items():
+        differences = [
+            (f"{label}, minus {name.partition('_minus_')[2]}", "", value)
+            for label, row in labelled
+            for name, value in row.items()
+            if name.startswith(f"{key}_minus_")
+        ]
+        figures.append(dots([(label, "", row[key]) for label, row in labelled], what, "rate"))
+        figures.append(dots(differences, f"{what}, difference", "of rates"))
+    return figures
 
 
 def doses(results: Results) -> Figures:

@@ -18,23 +18,35 @@ from emmech.results import read_json, replace_text
 COMMAND = "snakemake -s figures/Snakefile -c2"
 DIGITS = 4
 """Significant ones of every kept number."""
-DROPPED = {
-    "cells", "checks", "design", "heads", "labelled_prompt", "missing", "text", "tokens", "top", "values",
-}  # fmt: skip
+DROPPED = {"checks", "design", "heads", "labelled_prompt", "missing", "question_ids", "text", "top"}
 """Parts of results that only their own pages show."""
 
 
 def kept(file: Path) -> dict[str, Any]:
     """A command's result as the repository keeps it; of an attribution with its smallest set."""
+    if file.name in ("sweep.json", "attribution.json"):
+        return _kept(file, _cells(file))
     result = read_json(file)
+    if file.name == "evaluation.json":
+        result["rows"] = [row for row in result["rows"] if row["group"] == "all"]
+    result.pop("tokens", None)  # of a probe, with every gate
+    return _kept(file, result)
+
+
+def _cells(file: Path) -> dict[str, Any]:
+    """A sweep; or an attribution with the cells that were patched exactly, and the smallest set."""
+    from emmech.piggyback.attribution_result import AttributionResult
+    from emmech.piggyback.sweep_result import SweepResult
+
+    if file.name == "sweep.json":
+        return SweepResult.load(file.parent).to_json()
+    result = AttributionResult.load(file.parent).to_json()
+    result["rows"] = [row for row in result["rows"] if row["exact_effect"] is not None]
     minimal = file.with_name("minimal.json")
-    if "summary" in result:  # of cells: only those that were patched exactly
-        result = dict(result["summary"])
-        result["rows"] = [row for row in result["rows"] if row.get("exact_effect") is not None]
-    elif "rows" in result:
-        result["rows"] = [row for row in result["rows"] if row.get("group", "all") == "all"]
-    if minimal.exists():
-        result["minimal"] = read_json(minimal)
+    return result | ({"minimal": read_json(minimal)} if minimal.exists() else {})
+
+
+def _kept(file: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     return {"command": COMMAND, "folder": str(file.parent)} | rounded(result)
 
 
