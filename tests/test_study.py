@@ -15,7 +15,7 @@ import yaml
 
 from emmech.errors import DataError
 from figures.keep import costs, kept, questions
-from figures.study import read_study
+from figures.plan import read_study
 
 ROOT = Path(__file__).parents[1]
 STUDY = yaml.safe_load((ROOT / "figures/study.yaml").read_text())
@@ -86,6 +86,9 @@ def test_an_organism_can_change_one_method_alone():
         ({"organisms": {"short": {"data": "first_plot"}}}, "a set or file of chats, but 'first_plot'"),
         ({"organisms": {"short": {"data": "general"}}}, "a set or file of chats, but 'general'"),
         ({"organisms": {}}, "expected organisms in the plan"),
+        ({"organisms": ["short"]}, "keys and values under organisms, but got .'short'"),
+        ({"seeds": ["0, 1"]}, "a list of whole numbers as seeds"),
+        ({"frontier": "4,8"}, "keys and values under frontier"),
         ({"methods": {"sftt": None}}, "'sftt' is not one of"),
         ({"methods": {"sft": {"wieght": 3}}}, "'wieght' is none .is 'weight' meant"),
         ({"methods": {"sft": {"steps": "many"}}}, "Invalid value for '--steps'"),
@@ -210,16 +213,17 @@ def test_kept_numbers_have_four_digits_and_no_answers(tmp_path):
 
 
 def test_of_an_attribution_the_cells_that_were_patched_exactly_are_kept(tmp_path):
-    rows = [
-        {"layer": 0, "effect": 0.5, "exact_effect": None},
-        {"layer": 1, "effect": 0.5, "exact_effect": 0.4},
-    ]
-    about = {"summary": {"rows": rows, "spearman": 0.9}, "values": [1, 2]}
-    (tmp_path / "attribution.json").write_text(json.dumps(about))
+    values = {  # the whole prefix does 2 for either question, the second cell 1 and 2 of that
+        "unpatched": [0.0, 1.0], "full": [2.0, 3.0], "attributions": [[0.5, 0.5], [1.0, 1.0]],
+        "checked": [1], "exact": [[1.0, 3.0]], "sampled": [1],
+    }  # fmt: skip
+    found = {"summary": {"metric": "kl"}, "cells": [{"layer": 0}, {"layer": 1}], "values": values}
+    (tmp_path / "attribution.json").write_text(json.dumps(found))
     (tmp_path / "minimal.json").write_text(json.dumps({"size": 3}))
-    found = kept(tmp_path / "attribution.json")
-    assert found["rows"] == rows[1:]
-    assert (found["spearman"], found["minimal"]) == (0.9, {"size": 3})
+    result = kept(tmp_path / "attribution.json")
+    (row,) = result["rows"]
+    assert (row["layer"], row["effect"], row["exact_effect"]) == (1, 0.5, 0.75)
+    assert (result["metric"], result["minimal"]) == ("kl", {"size": 3})
 
 
 def test_costs_are_summed_over_the_jobs_of_a_rule(tmp_path):
