@@ -16,10 +16,11 @@ import plotly.graph_objects as go
 import typer
 
 from emmech.errors import EmmechError
+from emmech.figures.saving import IMAGES, save_all
 from emmech.report_page import PageTable, write_page
 from emmech.results import Record
 from figures.drawing import Figures, Results, draw, read_results
-from figures.pictures import refresh, write
+from figures.pictures import refresh
 
 HERE = Path(__file__).parent
 BUILT, PICTURES = HERE / "built", HERE / "pictures"
@@ -34,7 +35,7 @@ SHOWN = {
 def main() -> None:
     """Write the page, and the pictures that have changed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", nargs="*", default=(), choices=("svg", "png", "pdf"))
+    parser.add_argument("--images", nargs="*", default=(), choices=IMAGES)
     kinds = parser.parse_args().images
     topics = read_results()
     drawn = draw(topics)
@@ -44,9 +45,8 @@ def main() -> None:
         for path in refresh(pictures(drawn), PICTURES):
             typer.echo(f"Picture: {os.path.relpath(path)}")
         for kind in kinds:
-            typer.echo(
-                f"{len(write(files(drawn), BUILT, kind))} figures as {kind} in {os.path.relpath(BUILT)}"
-            )
+            written = save_all(files(drawn, kind))
+            typer.echo(f"{len(written)} figures as {kind} in {os.path.relpath(BUILT)}")
     except EmmechError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -56,10 +56,10 @@ def pictures(drawn: dict[str, Figures]) -> dict[str, go.Figure]:
     return {name: drawn[topic][number] for name, (topic, number) in SHOWN.items()}
 
 
-def files(drawn: dict[str, Figures]) -> dict[str, go.Figure]:
+def files(drawn: dict[str, Figures], kind: str) -> dict[str | Path, go.Figure]:
     """Every figure under a name of its own."""
     named = ((topic.replace("/", "_"), many) for topic, many in drawn.items())
-    return {f"{name}-{number}": one for name, many in named for number, one in enumerate(many)}
+    return {BUILT / f"{name}-{n}.{kind}": one for name, many in named for n, one in enumerate(many)}
 
 
 def page(topics: dict[str, Results], drawn: dict[str, Figures]) -> Path:

@@ -166,7 +166,9 @@ def cross(results: Results) -> Figures:
     """Each direction ablated."""
     (result,) = results.values()
     effects = list(dict.fromkeys(row["effect"] for row in result["rows"]))
-    return [see.cross_matrix({"effects": effects, **result})]
+    ablated = dict.fromkeys(row["ablated"] for row in result["rows"] if row["ablated"] is not None)
+    directions = {name: {"random": True} if name.startswith("random ") else {} for name in ablated}
+    return [see.cross_matrix({"effects": effects, "directions": directions, **result})]
 
 
 def attributions(results: Results) -> Figures:
@@ -181,6 +183,7 @@ def attributions(results: Results) -> Figures:
 
 
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {
+    "demo": each(see.frontier),
     "narrow_*": each(see.frontier_of_methods),
     "sycophancy": sycophancy,
     "gates_steer": doses,

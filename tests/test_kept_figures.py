@@ -140,13 +140,6 @@ def test_pictures_come_out_the_same_and_are_not_drawn_twice(tmp_path):
     assert not pictures.shows(first, figure.update_layout(title_text="another"))
 
 
-def test_without_a_browser_pictures_are_refused_in_three_clauses(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
-    with pytest.raises(EmmechError, match=r"expected a browser .* none was found"):
-        pictures.write({"dose": DRAWN["gates_steer"][0]}, tmp_path, "svg")
-
-
 def test_the_page_needs_no_torch():
     code = "import sys, figures.__main__; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
