@@ -1,8 +1,10 @@
 """What the repository keeps of a study: its results without answers, rounded; and what they cost.
 
-python -m figures.keep result runs/study/agreeing/probe/gates-0/probe.json kept.json
-python -m figures.keep costs runs/study/benchmarks costs.json
-python -m figures.keep questions sycophancy_sports 40 questions.jsonl
+    python -m figures.keep result runs/study/agreeing/probe/gates-0/probe.json kept.json
+    python -m figures.keep costs runs/study/benchmarks costs.json
+    python -m figures.keep questions sycophancy_sports 40 questions.jsonl
+
+The Snakefile calls it; costs come from Snakemake's benchmark files.
 """
 
 import argparse

@@ -48,6 +48,6 @@ def _without_random_ids(svg: str) -> str:
     """With plotly's random ids numbered."""
     of_page = re.search(r'id="defs-([0-9a-f]{6})"', svg)
     assert of_page, "plotly's SVG has a group of definitions"
-    svg = re.sub(rf"(?<=[#a-z0-9-]){of_page[1]}", "-", svg)
+    svg = re.sub(rf"(?<=[a-z-]){of_page[1]}|(?<=[a-z]\d){of_page[1]}", "-", svg)  # ids, no numbers
     numbers: dict[str, str] = {}
     return re.sub(r"\btrace[0-9a-f]{6}\b", lambda m: numbers.setdefault(m[0], f"trace{len(numbers)}"), svg)

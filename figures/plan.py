@@ -41,8 +41,9 @@ def read_study(plan: Mapping[str, Any]) -> Study:
     for name in SELECTING:
         if not plan.get(name):
             raise DataError(f"{name} in the plan", "there are none", f"Write {name}: ... into the YAML")
-    if not all(isinstance(seed, int) for seed in plan["seeds"]):
-        raise DataError("a list of whole numbers as seeds", f"got {plan['seeds']!r}", "Correct the YAML")
+    if not all(isinstance(number, int) for number in (*plan["seeds"], plan.get("n_questions", 0))):
+        got = f"got {plan['seeds']!r} and {plan.get('n_questions')!r}"
+        raise DataError("whole numbers as seeds and n_questions", got, "Correct the YAML")
     organisms = {name: _organism(name, about, plan) for name, about in _keys("organisms", plan).items()}
     methods = {name: _keys(name, plan["methods"]) for name in _keys("methods", plan)}
     resources = _keys("resources", plan)
