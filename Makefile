@@ -31,7 +31,7 @@ bench: $(STAMP)  ## benchmarks as ratios within one run -> benchmarks/results.js
 figures: $(STAMP)  ## every figure, from the results kept in figures/results -> figures/built/report.html
 	$(BIN)/python -m figures
 
-study: $(STAMP)  ## two behaviours, four methods, two seeds, all analyses (half an hour); goes on where it stopped
+study: $(STAMP)  ## two behaviours, four methods, two seeds, all analyses; goes on where it stopped
 	$(BIN)/snakemake -s figures/Snakefile -c2
 
 check: $(STAMP)  ## formatting, lint and types, without repairing
