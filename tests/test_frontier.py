@@ -164,6 +164,18 @@ def test_an_adapter_of_another_rank_is_not_swapped_in(runs, tmp_path):
     assert swap_adapter(pair, tiny.save_adapter(runs[0], tmp_path / "lora", r=2)) is None
 
 
+def test_gates_are_compared_beside_adapters(runs, compared, tmp_path):
+    base, folders = runs
+    gates = tmp_path / "gates-0"
+    recipe = Recipe(gates="full", steps=4, save_every=2, learning_rate=3e-2, batch_size=2, seed=0)
+    finetune(str(base), CHATS, gates, recipe, data_name="tiny", progress=False)
+    methods = compare_runs([folders[0], gates], QUESTIONS, out=tmp_path / "out", **HOW).summary["methods"]
+    alone = compare_runs([gates], QUESTIONS, out=tmp_path / "alone", **HOW).summary["methods"]
+    names = ["sft", "sft + prefix patch", "gates sft", "gates sft + prefix patch"]
+    assert [method["method"] for method in methods] == names
+    assert [method["points"] for method in methods[2:]] == [method["points"] for method in alone]
+
+
 def test_the_figure_holds_every_methods_rates_and_the_page_its_table(compared):
     result, out = compared
     drawn = {trace.name.split(" (")[0]: trace for trace in result.figure().data}

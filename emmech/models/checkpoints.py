@@ -271,12 +271,15 @@ def swap_adapter(pair: ModelPair, folder: str | Path) -> ModelPair | None:
     """The pair with another adapter of the same configuration in place of its own, or None.
 
     Quicker than loading a pair, because base and tokenizer stay; the pair given changes with it. None
-    where that is not possible: two models, or an adapter of another kind.
+    where that is not possible: two models, gates, or an adapter of another kind.
     """
     from peft import set_peft_model_state_dict
 
-    module, new = pair.finetuned.module, Adapter(locate(folder))
-    if not pair.one_copy or not hasattr(module, "peft_config") or new.why_off_is_not_base():
+    module, found = pair.finetuned.module, locate(folder)
+    if not pair.one_copy or not hasattr(module, "peft_config") or not is_adapter(found):
+        return None
+    new = Adapter(found)
+    if new.why_off_is_not_base():
         return None
     saved = module.peft_config["default"].to_dict()
     same = all(
