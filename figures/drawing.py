@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 
 from emmech import figures as see
 from emmech.errors import DataError
+from emmech.piggyback.cells import KV
 from emmech.results import Record, read_json
 from figures.dots import cost_bars, dots
 
@@ -182,6 +183,47 @@ def attributions(results: Results) -> Figures:
     return figures
 
 
+def riding(results: Results) -> Figures:
+    """The map of each kind of organism, where it is known, and each organism's smallest set of cells."""
+    (result,) = results.values()
+    maps = {
+        kind: see.sweep_map(map_of(result, kind))
+        for kind, found in result["pooled"].items()
+        if {"map", "gradients"} & found.keys()
+    }
+    sets = {
+        f"{one['kind']}, seed {one['seed']}": see.set_sizes(one["kl"]["smallest"])
+        for one in result["organisms"]
+        if "smallest" in one["kl"]
+    }
+    return [named(figure, name, both) for both in (maps, sets) for name, figure in both.items()]
+
+
+def map_of(found: Record, kind: str) -> Record:
+    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws.
+
+    It is that of exact patches where there is one, else that of gradients.
+    """
+    over_seeds = found["pooled"][kind]
+    n, whole = over_seeds["kl"]["n"], over_seeds["kl"]["whole"]["mean"]
+    exact = "map" in over_seeds
+    ends_of = over_seeds["map" if exact else "gradients"]["map"]
+    rows = []
+    for kv in KV:
+        layers = zip(*(ends_of[name][kv] for name in ("mean", "low", "high")), strict=True)
+        for layer, ends in enumerate(layers):
+            for position, (mean, low, high) in enumerate(zip(*ends, strict=True)):
+                row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
+                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": n}
+                rows.append(row | {"difference": mean * whole})
+    return {
+        "kind": "sweep-kv", "metric": "kl", "mode": "single" if exact else "attribution",
+        "target": "finetuned", "source": "base",
+        "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
+        "unpatched": over_seeds["kl"]["unpatched"], "full": over_seeds["kl"]["full"],
+    }  # fmt: skip
+
+
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "demo": each(see.frontier),
     "narrow_*": each(see.frontier_of_methods),
@@ -191,6 +233,7 @@ DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "gates_transfer": each(see.transfer_matrix),
     "gates_probe": probes,
     "graft_*": grafts,
+    "sweep_refusal": riding,
     "character_shared": shared,
     "character_cross": cross,
     "character_steer": each(see.methods_at_cost),

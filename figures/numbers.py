@@ -165,6 +165,8 @@ def _load(name: str) -> Any:
 def _step(found: Any, step: str, origin: str) -> Any:
     if isinstance(found, dict) and step in found:
         return found[step]
+    if isinstance(found, dict) and isinstance(found.get("mean"), list) and step.isdecimal():
+        return {key: found[key][int(step)] for key in ("mean", "low", "high")}  # estimates by column
     if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
         return found[int(step)]
     if not isinstance(found, list) or "=" not in step:
@@ -187,8 +189,7 @@ def _leaves(found: Any, path: str) -> Iterator[str]:
     if isinstance(found, dict):
         for key, value in found.items():
             if not {"low", "high"} <= found.keys() or key not in ("low", "high"):
-                own = key == "mean" and not isinstance(value, list)
-                yield from _leaves(value, path if own else f"{path} / {key}")
+                yield from _leaves(value, path if key == "mean" else f"{path} / {key}")
     elif isinstance(found, list):
         for number, value in enumerate(found):
             yield from _leaves(value, f"{path} / {_told_apart(found, number)}")

@@ -1,7 +1,6 @@
 """What `figures.riding` found, as one small file: shares of what the whole prefix does, with intervals.
 
     write_results(Path("figures/results/sweep_refusal.json"))
-    sweep_map(map_of(read_json(Path("figures/results/sweep_refusal.json")), "48 wordings"))
 
 Over several training seeds an effect is Σ parts / Σ whole over seeds and questions, its interval that of
 a ratio of means with seeds clustered by question: it holds over questions, for these seeds.
@@ -201,31 +200,6 @@ def as_map(cells: Sequence[Record], values: Sequence[float]) -> Record:
             grid[layer, position] = value
         found[kv] = grid.round(MAP_DIGITS).tolist()
     return found
-
-
-def map_of(found: Record, kind: str) -> Record:
-    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws.
-
-    It is that of exact patches where there is one, else that of gradients.
-    """
-    over_seeds = found["pooled"][kind]
-    n, whole = over_seeds["kl"]["n"], over_seeds["kl"]["whole"]["mean"]
-    exact = "map" in over_seeds
-    ends_of = over_seeds["map" if exact else "gradients"]["map"]
-    rows = []
-    for kv in KV:
-        layers = zip(*(ends_of[name][kv] for name in ENDS), strict=True)
-        for layer, ends in enumerate(layers):
-            for position, (mean, low, high) in enumerate(zip(*ends, strict=True)):
-                row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
-                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": n}
-                rows.append(row | {"difference": mean * whole})
-    return {
-        "kind": "sweep-kv", "metric": "kl", "mode": "single" if exact else "attribution",
-        "target": "finetuned", "source": "base",
-        "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
-        **pick(over_seeds["kl"], "unpatched", "full"),
-    }  # fmt: skip
 
 
 def maps(results: Sequence[SweepResult]) -> Record:

@@ -34,12 +34,11 @@ def intervals(value):
     """Every estimate with its ends."""
     found = set()
     if isinstance(value, dict):
-        if {"mean", "low", "high"} <= value.keys() and None not in (
-            value["mean"],
-            value["low"],
-            value["high"],
-        ):
-            found.add(tuple(_digits(value[key]) for key in ("mean", "low", "high")))
+        estimate = [value.get(key) for key in ("mean", "low", "high")]
+        if isinstance(estimate[0], list) and not isinstance(estimate[0][0], list):  # many, by column
+            found |= {tuple(map(_digits, one)) for one in zip(*estimate, strict=True)}
+        elif None not in estimate and not isinstance(estimate[0], list | dict):
+            found.add(tuple(map(_digits, estimate)))
         value = list(value.values())
     return found.union(*map(intervals, value)) if isinstance(value, list) else found
 

@@ -8,7 +8,8 @@ import pytest
 from emmech.figures import sweep_map
 from emmech.piggyback.sweep_result import SweepResult, share_and_interval
 from emmech.results import read_json
-from figures.riding_results import as_map, compact, effects, map_of, mapped
+from figures.drawing import map_of
+from figures.riding_results import as_map, compact, effects, mapped
 
 KEPT = Path(__file__).parents[1] / "figures/results/sweep_refusal.json"
 
