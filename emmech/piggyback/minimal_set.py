@@ -26,6 +26,7 @@ from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.piggyback.sweep_result import reference, share_and_interval
 from emmech.results import Record, read_json, write_json
+from emmech.sharding import processes
 
 MINIMAL = "minimal.json"
 Order = Int[np.ndarray, " cell"]
@@ -128,7 +129,7 @@ def minimal_set(
     replay = Replay(pair, list(questions), find_metric(metric), direction)
     cells = grid(over, replay.shape)
     curve = _Curve(replay, cells, rows, progress)
-    entries = entry_attributions(replay, steps=steps, progress=progress)
+    entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
     estimates = cell_attributions(entries, cells, replay.shape).mean(1) * np.sign(curve.whole.mean())
     greedy = np.argsort(-estimates, kind="stable")
     size = curve.smallest(greedy, share)
