@@ -20,7 +20,7 @@ from benchmarks.setting import SHAPES, Setting
 from emmech.models.default import DEFAULT_MODEL
 from emmech.results import read_json, write_json
 
-NAMES = ("sweep", "attribution", "generation", "growth", "training", "loading")
+NAMES = ("sweep", "long_prefix", "attribution", "generation", "growth", "training", "loading")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,12 +1,11 @@
 """Every layer x position x {K, V} cell of the prefix: against one forward per cell, and the bare cost.
 
-A sample of cells is timed in turn with each tool and scaled to one cell; all tools must give the same
-scores first. ``bare`` is the blocks' cost of as many tokens as are run here behind the prefix, in full
-batches, with no prefix and no logits.
+The cells of a few layers, evenly placed, are timed in turn with those of each tool and scaled to one cell;
+all tools must give the same scores first. ``bare`` passes as many tokens as are run here behind the prefix
+through all blocks, in full batches without a prefix; once without logits, once with as many as are read.
 """
 
 import shutil
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,26 +14,26 @@ from benchmarks.measure import Aim, Row, alternated, middle, number, ratio
 from benchmarks.peers import with_nnsight, with_transformer_lens
 from benchmarks.setting import REFUSAL, Setting, questions
 from emmech.models.views import plain_copy
-from emmech.piggyback.cells import grid, patches
+from emmech.piggyback.cells import Cell, grid, patches
 from emmech.piggyback.replay import Replay
 from emmech.piggyback.scores import find_metric
 from emmech.piggyback.streaming import fitting, score_patches
-from emmech.piggyback.sweep import DEFAULT_AXES, sweep_kv
+from emmech.piggyback.sweep import sweep_kv
 from emmech.piggyback.sweep_result import SweepResult
 
 METRIC = f"target:{REFUSAL}"
-N_QUESTIONS, N_POSITIONS, N_PEER_CELLS, LONG = 8, 4, 12, 256
+N_QUESTIONS, N_LAYERS, N_POSITIONS, N_PEER_CELLS = 8, 4, 24, 8
+BARE_SHARE = 4
+"""Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
 MAP = "sweep"
 
 
 def measure(setting: Setting) -> list[Row]:
-    """Rows at the template's own prefix and at a long one, and the whole map."""
+    """Rows at the template's own prefix, and the whole map."""
     bench = Bench(setting, None)
     rows, seconds_per_cell = bench.rows(Aim(4.0))
     rows.append(whole_map(setting, bench, seconds_per_cell))
-    del bench
-    long, _ = Bench(setting, LONG).rows(Aim(20.0))
-    return rows + long
+    return rows
 
 
 class Bench:
@@ -44,12 +43,13 @@ class Bench:
         self.setting, self.pair = setting, setting.pair("float32", n_prefix=n_prefix)
         self.replay = Replay(self.pair, questions(N_QUESTIONS), find_metric(METRIC), "repair")
         shape = self.replay.shape
-        positions = np.linspace(0, shape.n_positions - 1, N_POSITIONS).astype(int).tolist()
-        self.cells = [cell for cell in grid(DEFAULT_AXES, shape) if cell.position[0] in positions]
-        # Cells of one forward each cost the same at every layer: fewer will do.
-        step = len(self.cells) // N_PEER_CELLS
-        self.peer_cells = self.cells[step // 2 :: step + 1]
-        self.bare = BareRun(self)
+        layers = spread(shape.n_layers, N_LAYERS)
+        positions = spread(shape.n_positions, N_POSITIONS)
+        self.cells = grid(
+            [Cell((i,), (at,), None, (kv,)) for i in layers for at in positions for kv in (0, 1)], shape
+        )
+        self.peer_cells = [self.cells[number] for number in spread(len(self.cells), N_PEER_CELLS)]
+        self.bare, self.bare_logits = (BareRun(self, logits=logits) for logits in (False, True))
         self.peers = {
             "TransformerLens": with_transformer_lens(self.replay),
             "nnsight": with_nnsight(self.replay),
@@ -58,22 +58,23 @@ class Bench:
     def rows(self, aim: Aim) -> tuple[list[Row], float]:
         """The ratios, and our seconds per cell in the sample."""
         self.check()
-        ways = {name: lambda cells=scores: self.one_by_one(cells) for name, scores in self.peers.items()}
-        times = alternated(ways | {"bare": self.bare.run, "ours": self.ours}, self.setting.repeats)
-        per_cell = len(self.cells) / len(self.peer_cells)
-        where = f"{self.replay.shape.n_positions}-token prefix"
+        ways = {name: lambda scores=scores: self.one_by_one(scores) for name, scores in self.peers.items()}
+        ways |= {"bare": self.bare.run, "bare with logits": self.bare_logits.run, "ours": self.ours}
+        times = alternated(ways, self.setting.repeats)
+        n_positions = self.replay.shape.n_positions
+        where, per_cell = f"sweep, {n_positions}-token prefix", len(self.cells) / len(self.peer_cells)
         facts = {"cells": len(self.cells), "peer_cells": len(self.peer_cells), "questions": N_QUESTIONS}
         found = [
-            ratio(f"sweep, {where}: {name}, one forward per cell / ours", times[name], times["ours"], aim,
+            ratio(f"{where}: {name}, one forward per cell / ours", times[name], times["ours"], aim,
                   scale=per_cell, seconds_per_cell=middle(times[name]) / len(self.peer_cells), **facts)
             for name in self.peers
         ]  # fmt: skip
         ours = middle(times["ours"]) / len(self.cells)
-        found.append(
-            ratio(f"sweep, {where}: ours / as many tokens through all blocks", times["ours"], times["bare"],
-                  Aim(0.6, "lower") if self.replay.shape.n_positions != LONG else None,
-                  seconds_per_cell=ours, **facts)
-        )  # fmt: skip
+        for bare, what in (("bare", "through all blocks"), ("bare with logits", "and the same logits")):
+            found.append(
+                ratio(f"{where}: ours / as many tokens {what}", times["ours"], times[bare],
+                      Aim(0.6, "lower"), scale=1 / BARE_SHARE, seconds_per_cell=ours, **facts)
+            )  # fmt: skip
         return found, ours
 
     def ours(self) -> np.ndarray:
@@ -98,26 +99,35 @@ class Bench:
             assert off < tolerance, f"{name} differs by {off:.1e}"
 
 
-@dataclass
 class BareRun:
-    """The blocks of the finetuned model, adapter merged, over as many tokens as the sample has."""
+    """The finetuned model, adapter merged, over a part of as many tokens as the sample has."""
 
-    bench: Bench
-
-    def __post_init__(self):
-        replay = self.bench.replay
-        self.module = plain_copy(replay.recipient).get_decoder()
-        lengths = replay.texts.lengths.float()
-        width = round(float(lengths.mean()))
+    def __init__(self, bench: Bench, *, logits: bool):
+        replay = bench.replay
+        model = plain_copy(replay.recipient)
+        self.blocks, self.head = model.get_decoder(), model.get_output_embeddings() if logits else None
+        width = round(float(replay.texts.lengths.float().mean()))
         rows = fitting(replay, None).rows
-        n_batches = round(len(self.bench.cells) * float(lengths.sum()) / (rows * width))
-        self.batches = [replay.texts.ids[:1, :1].repeat(rows, width) for _ in range(max(1, n_batches))]
+        n_rows = len(bench.cells) * len(replay.items) // BARE_SHARE
+        self.batches = [
+            replay.texts.ids[:1, :1].repeat(min(rows, n_rows - first), width)
+            for first in range(0, n_rows, rows)
+        ]
+        self.n_read = replay.items[0].n_read
 
     @torch.no_grad()
     def run(self) -> None:
         """One pass per batch."""
         for ids in self.batches:
-            self.module(input_ids=ids, use_cache=False)
+            states = self.blocks(input_ids=ids, use_cache=False)[0]
+            if self.head is not None:
+                self.head(states[:, -self.n_read :].flatten(0, 1))
+
+
+def spread(n: int, wanted: int) -> list[int]:
+    """``wanted`` of the numbers below ``n`` (all, where there are fewer), evenly placed."""
+    wanted = min(n, wanted)
+    return [int((place + 0.5) * n / wanted) for place in range(wanted)]
 
 
 def whole_map(setting: Setting, bench: Bench, seconds_per_cell: float) -> Row:
