@@ -1,6 +1,7 @@
 """Sweeps: every cell is what one plain pass over a cache edited by hand gives; ends, sums, resumption."""
 
 import copy
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -371,6 +372,20 @@ def test_out_of_memory_halves_the_batch(make_pair, monkeypatch):
     halved = sweep_kv(pair, PAIRS, over=("layer",), rows=16, progress=False)
     np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-5)
     assert max(sizes) == 4 and sum(sizes) == 30
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_environment_is_left_as_it_was(make_pair, monkeypatch, before):
+    """A pass asks transformers for grouped attention by a variable, which it reads as it runs."""
+    name, seen = "TRANSFORMERS_SDPA_FORCE_GQA", []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    replay = replay_of(make_pair("llama"))
+    handle = replay.blocks[0].register_forward_hook(lambda *_: seen.append(os.environ.get(name)))
+    score_patches(replay, [EVERYTHING], progress=False)
+    handle.remove()
+    assert set(seen) == {"1"} and os.environ.get(name) == before
 
 
 def test_target_and_kl_are_those_of_likelihoods(make_pair):
