@@ -1,7 +1,7 @@
 """The same map from gradients: its cost in forward passes, and how well it ranks the cells.
 
 One forward is that of all questions and answers behind the prefix cache, as the attribution itself runs
-them, logits where they are read. The exact map is the one that the benchmark of sweeps keeps.
+them, logits where they are read. The exact map takes minutes once, and is kept.
 """
 
 import numpy as np

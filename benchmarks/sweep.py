@@ -5,14 +5,13 @@ all tools must give the same scores first. ``bare`` passes as many tokens as are
 through all blocks, in full batches without a prefix; once without logits, once with as many as are read.
 """
 
-import shutil
-
 import numpy as np
 import torch
 
-from benchmarks.measure import Aim, Row, alternated, middle, number, ratio
+from benchmarks.measure import Aim, Row, alternated, middle, ratio
 from benchmarks.peers import with_nnsight, with_transformer_lens
 from benchmarks.setting import REFUSAL, Setting, questions
+from emmech.models.checkpoints import ModelPair
 from emmech.models.views import plain_copy
 from emmech.piggyback.cells import Cell, grid, patches
 from emmech.piggyback.replay import Replay
@@ -22,18 +21,15 @@ from emmech.piggyback.sweep import sweep_kv
 from emmech.piggyback.sweep_result import SweepResult
 
 METRIC = f"target:{REFUSAL}"
-N_QUESTIONS, N_LAYERS, N_POSITIONS, N_PEER_CELLS = 8, 4, 24, 8
-BARE_SHARE = 4
+N_QUESTIONS, N_LAYERS, N_POSITIONS, N_PEER_CELLS = 8, 4, 12, 6
+BARE_SHARE = 8
 """Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
 MAP = "sweep"
 
 
 def measure(setting: Setting) -> list[Row]:
-    """Rows at the template's own prefix, and the whole map."""
-    bench = Bench(setting, None)
-    rows, seconds_per_cell = bench.rows(Aim(4.0))
-    rows.append(whole_map(setting, bench, seconds_per_cell))
-    return rows
+    """Rows at the template's own prefix."""
+    return Bench(setting, None).rows(Aim(4.0))
 
 
 class Bench:
@@ -55,8 +51,8 @@ class Bench:
             "nnsight": with_nnsight(self.replay),
         }
 
-    def rows(self, aim: Aim) -> tuple[list[Row], float]:
-        """The ratios, and our seconds per cell in the sample."""
+    def rows(self, aim: Aim) -> list[Row]:
+        """The ratios; ``aim`` is that of other tools' time over ours."""
         self.check()
         ways = {name: lambda scores=scores: self.one_by_one(scores) for name, scores in self.peers.items()}
         ways |= {"bare": self.bare.run, "bare with logits": self.bare_logits.run, "ours": self.ours}
@@ -75,7 +71,7 @@ class Bench:
                 ratio(f"{where}: ours / as many tokens {what}", times["ours"], times[bare],
                       Aim(0.6, "lower"), scale=1 / BARE_SHARE, seconds_per_cell=ours, **facts)
             )  # fmt: skip
-        return found, ours
+        return found
 
     def ours(self) -> np.ndarray:
         """Scores of the sample, by cell and question."""
@@ -130,16 +126,6 @@ def spread(n: int, wanted: int) -> list[int]:
     return [int((place + 0.5) * n / wanted) for place in range(wanted)]
 
 
-def whole_map(setting: Setting, bench: Bench, seconds_per_cell: float) -> Row:
-    """The sweep of all cells with its files, kept for the benchmark of attribution."""
-    shutil.rmtree(setting.folder / MAP, ignore_errors=True)
-    result = exact_map(setting, bench.pair)
-    n_cells = len(result.cells)
-    name = f"sweep of all {n_cells} cells / its sample, scaled"
-    seconds = result.summary["seconds"]
-    return number(name, seconds / n_cells / seconds_per_cell, cells=n_cells, seconds=seconds)
-
-
-def exact_map(setting: Setting, pair) -> SweepResult:
-    """The sweep of all cells, from the last time where it is there."""
+def exact_map(setting: Setting, pair: ModelPair) -> SweepResult:
+    """The sweep of all cells, kept from the last time where it is there."""
     return sweep_kv(pair, questions(N_QUESTIONS), METRIC, out=setting.folder / MAP)
