@@ -1,7 +1,7 @@
 """The same map from gradients: its cost in forward passes, and how well it ranks the cells.
 
-One forward is that of all questions and answers behind the prefix cache, as the attribution itself runs
-them, logits where they are read. The exact map takes minutes once, and is kept.
+One forward is that of the finetuned model as it was loaded, over all questions and answers behind the
+prefix cache, with logits where they are read. The exact map takes minutes once, and is kept.
 """
 
 import numpy as np
@@ -54,6 +54,5 @@ def forward(replay: Replay) -> None:
     """The scores of all items, unpatched, in as few batches as attribution takes."""
     rows = fitting(replay, None, backward=True).rows
     order = torch.argsort(replay.texts.lengths, stable=True)
-    with replay.merged():
-        for items in order.split(rows):
-            replay.scored(items, replay.logits(items, {}))
+    for items in order.split(rows):
+        replay.scored(items, replay.logits(items, {}))

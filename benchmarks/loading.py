@@ -17,7 +17,8 @@ what, base, adapter, dtype, device = sys.argv[1:]
 wall, cpu = time.perf_counter(), time.process_time()
 if what == "one":
     model = AutoModelForCausalLM.from_pretrained(locate(base), dtype=getattr(torch, dtype))
-    model = model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu").eval()
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(automatic if device == "auto" else device).eval()
 else:
     model = load_pair(base, adapter, dtype=dtype, device=device).finetuned.module
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

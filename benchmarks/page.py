@@ -34,8 +34,16 @@ def write(folder: Path, results: Mapping[str, Row]) -> Path:
         "cpu": "The same ratio in seconds of all processor cores, which other programs change less.",
         "exponent": "b of y = a x^b, fitted on log axes: 1 is linear, 0 is flat.",
     }
-    machines = {name: found["machine"] | found["setting"] for name, found in results.items()}
-    return write_page(folder, "Benchmarks", content, meanings=meanings, provenance=machines)
+    facts = {name: found["machine"] | found["setting"] for name, found in results.items()}
+    return write_page(folder, "Benchmarks", content, meanings=meanings, provenance=shared(facts))
+
+
+def shared(facts: Mapping[str, Row]) -> Row:
+    """Facts that all benchmarks have in common, then by benchmark those that differ."""
+    first, *others = facts.values()
+    same = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
+    rest = {name: {k: v for k, v in one.items() if k not in same} for name, one in facts.items()}
+    return same | {name: one for name, one in rest.items() if one}
 
 
 def growth(points: Sequence[Row], quantity: str) -> go.Figure:

@@ -46,6 +46,11 @@ def test_an_exponent_is_the_slope_on_log_axes():
     assert growth.exponent(points, "cells", "seconds") == pytest.approx(1.5)
 
 
+def test_the_page_says_once_what_all_benchmarks_share():
+    facts = {"sweep": {"cpu": "x", "threads": 2}, "loading": {"cpu": "x", "threads": 1}}
+    assert page.shared(facts) == {"cpu": "x", "sweep": {"threads": 2}, "loading": {"threads": 1}}
+
+
 def test_places_are_spread_evenly():
     assert spread(30, 4) == [3, 11, 18, 26] and spread(3, 8) == [0, 1, 2]
     assert np.mean(spread(30, 4)) == np.mean(range(30))
