@@ -1,14 +1,16 @@
 """Every layer x position x {K, V} cell of the prefix: against one forward per cell, and the bare cost.
 
-The cells of a few layers, evenly placed, are timed in turn with those of each tool and scaled to one cell;
-all tools must give the same scores first. ``bare`` passes as many tokens as are run here behind the prefix
-through all blocks, in full batches without a prefix; once without logits, once with as many as are read.
+A sample of cells is timed in turn with those of each tool, and all is scaled to the whole map; all tools
+must give the same scores first. Our cost of a cell is linear in the blocks from its own up, so the sample
+is from the middle blocks, where it is the mean; what is done once is timed apart, and not scaled. ``bare``
+passes as many tokens as are run here behind the prefix through all blocks, in full batches without a
+prefix; once without logits, once with as many as are read.
 """
 
 import numpy as np
 import torch
 
-from benchmarks.measure import Aim, Row, alternated, middle, ratio
+from benchmarks.measure import Aim, Row, Seconds, alternated, middle, ratio
 from benchmarks.peers import with_nnsight, with_transformer_lens
 from benchmarks.setting import REFUSAL, Setting, questions
 from emmech.models.checkpoints import ModelPair
@@ -17,11 +19,11 @@ from emmech.piggyback.cells import Cell, grid, patches
 from emmech.piggyback.replay import Replay
 from emmech.piggyback.scores import find_metric
 from emmech.piggyback.streaming import fitting, score_patches
-from emmech.piggyback.sweep import sweep_kv
+from emmech.piggyback.sweep import DEFAULT_AXES, sweep_kv
 from emmech.piggyback.sweep_result import SweepResult
 
 METRIC = f"target:{REFUSAL}"
-N_QUESTIONS, N_LAYERS, N_POSITIONS, N_PEER_CELLS = 8, 4, 12, 6
+N_QUESTIONS, N_POSITIONS, N_PEER_CELLS = 8, 12, 6
 BARE_SHARE = 8
 """Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
 MAP = "sweep"
@@ -39,7 +41,7 @@ class Bench:
         self.setting, self.pair = setting, setting.pair("float32", n_prefix=n_prefix)
         self.replay = Replay(self.pair, questions(N_QUESTIONS), find_metric(METRIC), "repair")
         shape = self.replay.shape
-        layers = spread(shape.n_layers, N_LAYERS)
+        layers = sorted({(shape.n_layers - 1) // 2, shape.n_layers // 2})
         positions = spread(shape.n_positions, N_POSITIONS)
         self.cells = grid(
             [Cell((i,), (at,), None, (kv,)) for i in layers for at in positions for kv in (0, 1)], shape
@@ -55,21 +57,24 @@ class Bench:
         """The ratios; ``aim`` is that of other tools' time over ours."""
         self.check()
         ways = {name: lambda scores=scores: self.one_by_one(scores) for name, scores in self.peers.items()}
-        ways |= {"bare": self.bare.run, "bare with logits": self.bare_logits.run, "ours": self.ours}
+        ways |= {"bare": self.bare.run, "bare with logits": self.bare_logits.run}
+        ways |= {"ours": self.ours, "once": lambda: score_patches(self.replay, [], progress=False)}
         times = alternated(ways, self.setting.repeats)
-        n_positions = self.replay.shape.n_positions
-        where, per_cell = f"sweep, {n_positions}-token prefix", len(self.cells) / len(self.peer_cells)
-        facts = {"cells": len(self.cells), "peer_cells": len(self.peer_cells), "questions": N_QUESTIONS}
+        n_cells = len(grid(DEFAULT_AXES, self.replay.shape))
+        share = n_cells / len(self.cells)
+        ours = [whole(*taken, share) for taken in zip(times["ours"], times["once"], strict=True)]
+        where = f"sweep, {self.replay.shape.n_positions}-token prefix"
+        facts = {"cells": n_cells, "of_which_timed": len(self.cells), "by_peers": len(self.peer_cells)}
+        facts |= {"questions": N_QUESTIONS, "our_minutes_for_all": middle(ours) / 60}
         found = [
-            ratio(f"{where}: {name}, one forward per cell / ours", times[name], times["ours"], aim,
-                  scale=per_cell, seconds_per_cell=middle(times[name]) / len(self.peer_cells), **facts)
+            ratio(f"{where}: {name}, one forward per cell / ours", times[name], ours, aim,
+                  scale=n_cells / len(self.peer_cells), **facts)
             for name in self.peers
         ]  # fmt: skip
-        ours = middle(times["ours"]) / len(self.cells)
         for bare, what in (("bare", "through all blocks"), ("bare with logits", "and the same logits")):
             found.append(
-                ratio(f"{where}: ours / as many tokens {what}", times["ours"], times[bare],
-                      Aim(0.6, "lower"), scale=1 / BARE_SHARE, seconds_per_cell=ours, **facts)
+                ratio(f"{where}: ours / as many tokens {what}", ours, times[bare], Aim(0.6, "lower"),
+                      scale=1 / (BARE_SHARE * share), **facts)
             )  # fmt: skip
         return found
 
@@ -118,6 +123,11 @@ class BareRun:
             states = self.blocks(input_ids=ids, use_cache=False)[0]
             if self.head is not None:
                 self.head(states[:, -self.n_read :].flatten(0, 1))
+
+
+def whole(sample: Seconds, once: Seconds, share: float) -> Seconds:
+    """The time of ``share`` times as many cells, what is done once counted once."""
+    return Seconds(*(fixed + share * (all_of - fixed) for all_of, fixed in zip(sample, once, strict=True)))
 
 
 def spread(n: int, wanted: int) -> list[int]:

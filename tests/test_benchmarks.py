@@ -13,7 +13,7 @@ from benchmarks import growth, page
 from benchmarks.measure import Aim, Seconds, alternated, cells, machine, not_measured, number, ratio
 from benchmarks.peers import with_nnsight, with_transformer_lens
 from benchmarks.setting import with_prefix
-from benchmarks.sweep import spread
+from benchmarks.sweep import spread, whole
 from emmech.chat import Chat
 from emmech.models.default import embedded_path
 from emmech.piggyback.cells import grid, patches
@@ -53,7 +53,10 @@ def test_the_page_says_once_what_all_benchmarks_share():
 
 def test_places_are_spread_evenly():
     assert spread(30, 4) == [3, 11, 18, 26] and spread(3, 8) == [0, 1, 2]
-    assert np.mean(spread(30, 4)) == np.mean(range(30))
+
+
+def test_what_is_done_once_is_not_scaled():
+    assert whole(Seconds(5.0, 4.0), Seconds(2.0, 1.0), 10) == Seconds(32.0, 31.0)
 
 
 @pytest.mark.weights
