@@ -23,7 +23,7 @@ from emmech.piggyback.sweep import DEFAULT_AXES, sweep_kv
 from emmech.piggyback.sweep_result import SweepResult
 
 METRIC = f"target:{REFUSAL}"
-N_QUESTIONS, N_POSITIONS, N_PEER_CELLS = 8, 12, 6
+N_QUESTIONS, N_POSITIONS, N_PEER_CELLS = 8, 24, 6
 BARE_SHARE = 8
 """Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
 MAP = "sweep"

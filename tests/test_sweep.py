@@ -305,9 +305,24 @@ def test_batches_are_bounded_and_larger_grids_only_bring_more_of_them(make_pair)
         n_rows = len(cells) * len(replay.items)
         most[over] = max(rows * width for rows, width in sizes)
         assert max(rows for rows, _ in sizes) == 24
-        assert n_rows / 24 <= len(sizes) <= n_rows / 24 + 6
+        assert n_rows / 24 <= len(sizes) <= 2 * n_rows / 24 + 6  # each at least half full
     handle.remove()
     assert len(set(most.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "ends"),
+    [
+        ([0] * 10, 4, [4, 8, 10]),
+        ([0, 0, 0, 1, 1, 1, 2, 2], 4, [3, 6, 8]),  # a border that half fills a batch ends it
+        ([0, 1, 1, 1, 1, 1, 1], 4, [4, 7]),  # the border after one row does not
+        ([0, 1, 2, 3, 4], 4, [4, 5]),
+        ([0, 1], 4, [2]),  # what is left fits: one batch
+        ([], 4, []),
+    ],
+)
+def test_batches_end_between_rows_of_two_kinds(kinds, size, ends):
+    assert streaming.batch_ends(np.array([kinds, kinds], dtype=int), size) == ends
 
 
 def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch):

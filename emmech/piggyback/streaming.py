@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -170,11 +170,10 @@ class _Stream:
 
     def _sizes(self, chunk: int) -> Iterator[tuple[Key, int]]:
         """The batches of a chunk, and how many rows of the result each brings."""
-        n_items, size = len(self.chunks[chunk]), self.budget.rows
-        rows = int((self.starts <= self.replay.shape.n_layers).sum()) * n_items
-        yield (chunk, -1), len(self.patches) * n_items - rows
-        for number, first in enumerate(range(0, rows, size)):
-            yield (chunk, number), min(size, rows - first)
+        items = self.chunks[chunk]
+        sizes = [len(patch) for patch, _ in self._batches(items)]
+        yield (chunk, -1), len(self.patches) * len(items) - sum(sizes)
+        yield from (((chunk, number), size) for number, size in enumerate(sizes))
 
     def _batches(
         self, items: Int[np.ndarray, " item"]
@@ -183,8 +182,10 @@ class _Stream:
         to_run = np.flatnonzero(self.starts <= self.replay.shape.n_layers)
         patch, item = (grid.ravel() for grid in np.meshgrid(to_run, np.arange(len(items)), indexing="ij"))
         order = np.lexsort((patch, item, self.starts[patch]))  # items of a chunk are sorted by length
-        size = self.budget.rows
-        return [(patch[order[i : i + size]], item[order[i : i + size]]) for i in range(0, len(order), size)]
+        patch, item = patch[order], item[order]
+        same = np.stack([self.starts[patch], self.replay.texts.lengths.cpu().numpy()[items[item]]])
+        cuts = batch_ends(same, self.budget.rows)
+        return [(patch[i:j], item[i:j]) for i, j in pairwise([0, *cuts])]
 
     def _store(self, items: Int[np.ndarray, " item"]) -> Stored:
         """The stored runs of a chunk."""
@@ -246,6 +247,21 @@ class _Stream:
         before, self._rows_done = self._rows_done, self._rows_done + rows
         n = len(self.replay.items)
         self.bar.update(self._rows_done // n - before // n)
+
+
+def batch_ends(kinds: Int[np.ndarray, "kind row"], size: int) -> list[int]:
+    """Where batches of at most ``size`` rows end: between rows of two kinds, if that half fills a batch.
+
+    Rows of one start and one length need no padding, and no block that only some of them have to run.
+    """
+    borders = np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1
+    ends, n_rows = [0], kinds.shape[1]
+    while ends[-1] < n_rows:
+        last = min(ends[-1] + size, n_rows)
+        before = np.searchsorted(borders, last, side="right") - 1
+        half_full = before >= 0 and borders[before] >= ends[-1] + size / 2
+        ends.append(int(borders[before]) if last < n_rows and half_full else last)
+    return ends[1:]
 
 
 def shortest(replay: Replay) -> Int[Tensor, " item"]:
