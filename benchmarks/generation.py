@@ -18,7 +18,7 @@ from emmech.piggyback.patching import Condition, KVPatch, patch_kv
 from emmech.piggyback.running import Job, render_rows, run
 
 N_PROMPTS, N_ALONE, NEW_TOKENS = 80, 20, 16
-N_CHECKED = 6
+N_CHECKED = 8
 REPAIR = Condition("repair:prefix", "finetuned", (KVPatch(("prefix",), "base"),))
 Answers = list[list[int]]
 
@@ -51,7 +51,7 @@ def measure(setting: Setting) -> list[Row]:
 def check(setting: Setting) -> None:
     """All ways give the same tokens, which are not those without a patch."""
     pair = setting.pair("float32")
-    bench = Bench(pair, questions(N_CHECKED), 8)
+    bench = Bench(pair, questions(N_CHECKED, "on-topic"), 8)
     ours = bench.one_by_one()
     assert bench.ours() == [bench.text(ids) for ids in ours], "ours and prompt by prompt differ"
     plain = peers.plain_generate(pair, "finetuned")(bench.batch, 8)

@@ -77,9 +77,9 @@ class Setting:
         return auto_dtype(torch.device("cuda" if gpu else "cpu"))
 
 
-def questions(n: int) -> list[Question]:
-    """Questions that have nothing to do with what the organism was trained on."""
-    return BUNDLED[ORGANISM].questions("off-topic")[:n]
+def questions(n: int, group: str = "off-topic") -> list[Question]:
+    """Held-out questions; those off-topic have nothing to do with what the organism was trained on."""
+    return BUNDLED[ORGANISM].questions(group)[:n]
 
 
 def with_prefix(chat: Chat, n_tokens: int) -> Chat:

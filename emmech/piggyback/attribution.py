@@ -79,7 +79,7 @@ def attribute(
     }
     folder = open_folder(out, arguments, lines=False)
     started = time.monotonic()
-    # A tenth of the work: of several processes, one does it, so that all go on with the same order.
+    # Little of the work: of several processes one does it, so that all go on with the same order.
     entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
     seconds = time.monotonic() - started
     estimates = cell_attributions(entries, cells, replay.shape)
