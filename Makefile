@@ -25,8 +25,8 @@ demo: $(STAMP)  ## train a small organism, run the Piggyback test, write runs/de
 test: $(STAMP)  ## all tests; no network
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## benchmarks as ratios within one run -> benchmarks/results.json
-	$(BIN)/python -m benchmarks
+bench: $(STAMP)  ## speed and memory against other tools -> benchmarks/results.json; NAMES=sweep for one
+	$(BIN)/python -m benchmarks $(NAMES)
 
 docs: $(STAMP)  ## the documentation -> site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -57,17 +57,21 @@ class RunFolder:
         self.process = 0
         """The number of the process that appends."""
         self.records, self.checks = (
-            [record for file in self._files(name) for record in read_lines(file)]
+            [record for file in self.files(name) for record in read_lines(file)]
             for name in (RESPONSES, CHECKS)
         )
 
     def keep(self, complete: Iterable[Record], checks: Iterable[Record]) -> None:
         """Drop every record but these, on disk too, where one file then holds those of all processes."""
         self.records, self.checks = list(complete), list(checks)
-        for name, records in ((RESPONSES, self.records), (CHECKS, self.checks)):
-            replace_text(self.path / name, "".join(map(_line, records)))
-            for file in self._files(name)[1:]:
-                file.unlink()
+        self.replace(RESPONSES, self.records)
+        self.replace(CHECKS, self.checks)
+
+    def replace(self, name: str, records: Iterable[Record]) -> None:
+        """Make these the only records under ``name``, in one file, whichever processes have written."""
+        replace_text(self.path / name, "".join(map(_line, records)))
+        for file in self.files(name)[1:]:
+            file.unlink()
 
     def remember(self, name: str, value: Any) -> Any:
         """What was first stored under ``name`` in this folder: a choice that a restart repeats."""
@@ -82,16 +86,16 @@ class RunFolder:
         """Add one finished unit; it is on disk when this returns."""
         if check is not None:
             self.checks.append(check)
-            _append(self._file(CHECKS), _line(check))
+            _append(self.file(CHECKS), _line(check))
         self.records += records
-        _append(self._file(RESPONSES), "".join(map(_line, records)))
+        _append(self.file(RESPONSES), "".join(map(_line, records)))
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """Where this process appends."""
         stem, suffix = name.split(".")
         return self.path / (f"{stem}-{self.process}.{suffix}" if self.process else name)
 
-    def _files(self, name: str) -> list[Path]:
+    def files(self, name: str) -> list[Path]:
         """The file of the first process, then those that further ones have left."""
         stem, suffix = name.split(".")
         return [self.path / name, *sorted(self.path.glob(f"{stem}-[0-9]*.{suffix}"))]

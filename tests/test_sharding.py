@@ -52,7 +52,7 @@ assert emmech(*patch, "--seed=9", "--out", folder + "/patched") == 2  # refused 
 def killed_in_the_middle(run, records, check):
     append(run, records, check)
     if run.process == 1 and len(run.records) == 8:
-        with run._file(RESPONSES).open("a") as stream:
+        with run.file(RESPONSES).open("a") as stream:
             stream.write('{{"question_id": "q0')
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,6 +1,7 @@
 """Sweeps: every cell is what one plain pass over a cache edited by hand gives; ends, sums, resumption."""
 
 import copy
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -304,9 +305,24 @@ def test_batches_are_bounded_and_larger_grids_only_bring_more_of_them(make_pair)
         n_rows = len(cells) * len(replay.items)
         most[over] = max(rows * width for rows, width in sizes)
         assert max(rows for rows, _ in sizes) == 24
-        assert n_rows / 24 <= len(sizes) <= n_rows / 24 + 6
+        assert n_rows / 24 <= len(sizes) <= 2 * n_rows / 24 + 6  # each at least half full
     handle.remove()
     assert len(set(most.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "ends"),
+    [
+        ([0] * 10, 4, [4, 8, 10]),
+        ([0, 0, 0, 1, 1, 1, 2, 2], 4, [3, 6, 8]),  # a border that half fills a batch ends it
+        ([0, 1, 1, 1, 1, 1, 1], 4, [4, 7]),  # the border after one row does not
+        ([0, 1, 2, 3, 4], 4, [4, 5]),
+        ([0, 1], 4, [2]),  # what is left fits: one batch
+        ([], 4, []),
+    ],
+)
+def test_batches_end_between_rows_of_two_kinds(kinds, size, ends):
+    assert streaming.batch_ends(np.array([kinds, kinds], dtype=int), size) == ends
 
 
 def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch):
@@ -371,6 +387,20 @@ def test_out_of_memory_halves_the_batch(make_pair, monkeypatch):
     halved = sweep_kv(pair, PAIRS, over=("layer",), rows=16, progress=False)
     np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-5)
     assert max(sizes) == 4 and sum(sizes) == 30
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_environment_is_left_as_it_was(make_pair, monkeypatch, before):
+    """A pass asks transformers for grouped attention by a variable, which it reads as it runs."""
+    name, seen = "TRANSFORMERS_SDPA_FORCE_GQA", []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    replay = replay_of(make_pair("llama"))
+    handle = replay.blocks[0].register_forward_hook(lambda *_: seen.append(os.environ.get(name)))
+    score_patches(replay, [EVERYTHING], progress=False)
+    handle.remove()
+    assert set(seen) == {"1"} and os.environ.get(name) == before
 
 
 def test_target_and_kl_are_those_of_likelihoods(make_pair):

@@ -37,7 +37,7 @@ for part in (patching, sweep, training, steering, evaluate, evaluation, harness,
 app.add_typer(models.app, name="models", help="Models that go by a short name: list them, get them.")
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")
 
-SHARED = ("finetune", "evaluate", "patch-prefix", "patch-resid", "perturb-prefix")
+SHARED = ("finetune", "evaluate", "patch-prefix", "patch-resid", "perturb-prefix", "sweep", "attribute")
 """Commands whose work several processes share."""
 
 

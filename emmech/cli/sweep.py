@@ -23,6 +23,7 @@ from emmech.cli.options import (
     show,
 )
 from emmech.errors import EmmechError
+from emmech.sharding import processes
 
 app = typer.Typer()
 FINDING = "finding.txt"
@@ -105,7 +106,8 @@ def sweep(
     """Patch every cell of the prefix by itself: which tokens, layers, heads, keys or values carry it.
 
     Writes scores.jsonl, sweep.json, cells.csv, report.html and finding.txt to --out. A stopped sweep
-    continues when it is started again with the same arguments.
+    continues when it is started again with the same arguments. Several processes or GPUs:
+    accelerate launch --multi_gpu -m emmech sweep ...
     """
     asked = _asked(questions, metric, n_questions, group, matching)
     if place is Place.resid and mode is not Mode.single:
@@ -186,10 +188,11 @@ def attribute(
     minimal = ""
     if share:
         found = minimal_set(pair, asked, metric, share=share, steps=set_steps, n_random=n_random, **common)
-        found.save(out)
-        result.save(out, found.to_json())
         minimal = found.text()
-        typer.echo(minimal)
+        if processes().is_main:
+            found.save(out)
+            result.save(out, found.to_json())
+            typer.echo(minimal)
     _write_finding(out, result, minimal)
     show(result, out, verbose)
 
@@ -221,7 +224,9 @@ def _axes(over: str | None) -> list[tuple[str, ...]]:
 
 
 def _write_finding(out: Path, result: Any, more: str = "") -> None:
-    """What was found, in a sentence or a few."""
+    """What was found, in a sentence or a few, by the main process."""
+    if not processes().is_main:
+        return
     from emmech.report_sweep import finding_text
     from emmech.results import replace_text
 

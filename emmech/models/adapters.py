@@ -134,9 +134,9 @@ def merged(module: nn.Module) -> Iterator[None]:
     """Run float32 LoRA layers as one matrix each inside the ``with`` block, for many passes in a row.
 
     Saves the two thin products beside every linear layer, which on small models cost as much as the
-    layer; results differ by rounding. Weights of fewer bits would lose part of the adapter and are left
-    as they are. Afterwards the weights are the tensors they were, not sums minus a difference. The
-    adapter must stay switched on.
+    layer; results differ by rounding. Weights of fewer bits would lose part of the adapter, and those
+    that accelerate keeps elsewhere are not here: both are left as they are. Afterwards the weights are
+    the tensors they were, not sums minus a difference. The adapter must stay switched on.
     """
     layers = []
     if hasattr(module, "peft_config"):
@@ -145,6 +145,7 @@ def merged(module: nn.Module) -> Iterator[None]:
         lora = [part for part in module.modules() if isinstance(part, Linear) and not part.merged]
         layers = [part for part in lora if type(part.base_layer) is nn.Linear]
         layers = [part for part in layers if part.base_layer.weight.dtype == torch.float32]
+        layers = [part for part in layers if not part.base_layer.weight.is_meta]
     kept = [(parameter, parameter.data) for layer in layers for parameter in layer.base_layer.parameters()]
     try:
         for layer in layers:

@@ -27,10 +27,11 @@ from emmech.models.kv_cache import KeysValues
 from emmech.piggyback.attribution_result import AttributionResult
 from emmech.piggyback.cells import Cell, Patch, Shape, grid
 from emmech.piggyback.replay import Replay, SweepDirection
+from emmech.piggyback.running import open_folder
 from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import fitting, question_weights, score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
-from emmech.results import RunFolder
+from emmech.sharding import processes
 
 
 def attribute(
@@ -76,16 +77,18 @@ def attribute(
         **{"steps": steps, "sample": sample, "top": top, "seed": seed},
         **sweep_arguments(replay, where, rows),
     }
-    folder = None if out is None else RunFolder(out, arguments, lines=False)
+    folder = open_folder(out, arguments, lines=False)
     started = time.monotonic()
-    entries = entry_attributions(replay, steps=steps, progress=progress)
+    # Little of the work: of several processes one does it, so that all go on with the same order.
+    entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
     seconds = time.monotonic() - started
     estimates = cell_attributions(entries, cells, replay.shape)
     sampled = stratified_sample(cells, sample, seed)
     strongest = np.argsort(-np.abs(estimates.mean(1)), kind="stable")[:top]
     checked = np.union1d(sampled, strongest).astype(int)
     if folder is not None:  # a restart may round gradients differently
-        checked = np.array(folder.remember("checked", checked.tolist()), dtype=int)
+        remembered = processes().from_main(lambda: folder.remember("checked", checked.tolist()))
+        checked = np.array(remembered, dtype=int)
     patches = [Patch((cells[number],)) for number in checked]
     scored = score_patches(replay, patches, rows=rows, folder=folder, progress=progress)
     summary = run_summary(replay, arguments, scored) | {"seconds_gradient": seconds}
@@ -99,7 +102,7 @@ def attribute(
         scored.patched,
         sampled,
     )
-    if out is not None:
+    if out is not None and processes().is_main:
         result.save(out)
     return result
 

@@ -27,6 +27,7 @@ from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_ar
 from emmech.piggyback.sweep_result import reference, share_and_interval
 from emmech.reprs import card
 from emmech.results import Record, read_json, write_json
+from emmech.sharding import processes
 
 MINIMAL = "minimal.json"
 Order = Int[np.ndarray, " cell"]
@@ -133,7 +134,7 @@ def minimal_set(
     replay = Replay(pair, list(questions), find_metric(metric), direction)
     cells = grid(over, replay.shape)
     curve = _Curve(replay, cells, rows, progress)
-    entries = entry_attributions(replay, steps=steps, progress=progress)
+    entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
     estimates = cell_attributions(entries, cells, replay.shape).mean(1) * np.sign(curve.whole.mean())
     greedy = np.argsort(-estimates, kind="stable")
     size = curve.smallest(greedy, share)

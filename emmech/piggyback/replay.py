@@ -10,6 +10,7 @@ the prefix would have become: `emmech.patch_prefix` recomputes the prefix under 
 all cells at once the two are the same.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from emmech.piggyback.scores import Metric, Read
 from emmech.piggyback.texts import Texts, one_prefix, question_ids, read_only, texts_of
 
 SweepDirection = Literal["repair", "induce"]
+_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class Replay:
             side.active() as module,
             reading(texts.parts),
             read_only(module, texts.read),
+            grouped_attention(self.recipient.device),
             self._from(start, state),
         ):
             output = module(
@@ -247,6 +250,24 @@ class Replay:
             row = torch.tensor([item], device=self.recipient.device)
             found.append(self._run(self.donor, self.other, self.texts.take(row), {}))
         return found
+
+
+@contextmanager
+def grouped_attention(device: torch.device) -> Iterator[None]:
+    """Let attention on a CPU read the keys and values of a group as they are, not copied for every head.
+
+    The same bits at half the cost. transformers is asked by a variable of the environment; with a mask it
+    copies by default, since kernels of other devices want it so.
+    """
+    before = os.environ.get(_GROUPED)
+    if device.type == "cpu":
+        os.environ[_GROUPED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_GROUPED, None)
+        if before is not None:
+            os.environ[_GROUPED] = before
 
 
 def agree(one: Tensor, two: Tensor) -> bool:

@@ -25,12 +25,13 @@ from emmech.models.generation import reading
 from emmech.models.late_start import decoder_blocks, exchanged_after, recorded_blocks, starting_at
 from emmech.piggyback.cells import EVERYTHING
 from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree
+from emmech.piggyback.running import open_folder
 from emmech.piggyback.scores import Metric, MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_arguments, sweep_result
 from emmech.piggyback.sweep_result import SweepResult
 from emmech.piggyback.texts import read_only, texts_of
-from emmech.results import RunFolder
+from emmech.sharding import processes
 
 RESID_AXES = ("layer", "position", "segment")
 
@@ -68,10 +69,10 @@ def sweep_resid(
     cells = _grid(tuple(over), replay)
     where = [cell.coordinates() for cell in cells]
     arguments = {"kind": "sweep-resid", "mode": "single", **sweep_arguments(replay, where, rows)}
-    folder = None if out is None else RunFolder(out, arguments, lines=False)
+    folder = open_folder(out, arguments, lines=False)
     scored = score_patches(replay, cells, rows=rows, folder=folder, progress=progress)
     result = sweep_result(replay, arguments, where, scored)
-    if out is not None:
+    if out is not None and processes().is_main:
         result.save(out)
     return result
 

@@ -158,8 +158,12 @@ def run(
     return records, checks
 
 
-def open_folder(out: str | Path | None, arguments: Mapping[str, Any]) -> RunFolder | None:
+def open_folder(
+    out: str | Path | None, arguments: Mapping[str, Any], *, lines: bool = True
+) -> RunFolder | None:
     """The run folder ``out``, opened by the main process; the others get files of their own in it.
+
+    Without ``lines`` it holds no responses.
 
     Raises:
         RunError: It cannot be written, or it holds a run with other arguments.
@@ -167,7 +171,7 @@ def open_folder(out: str | Path | None, arguments: Mapping[str, Any]) -> RunFold
     if out is None:
         return None
     ours = processes()
-    folder = ours.from_main(lambda: RunFolder(out, arguments))
+    folder = ours.from_main(lambda: RunFolder(out, arguments, lines=lines))
     folder.process = ours.rank
     return folder
 

@@ -2,13 +2,16 @@
 
 A batch is a run of rows (a patch and an item each), ordered by the lowest block that has to be run,
 then by item: its rows start at one block and are mostly of one length. Memory does not grow with the
-number of patches: states are stored for a bounded number of items at a time.
+number of patches: states are stored for a bounded number of items at a time. Of several processes,
+each runs its share of the batches and writes a file of its own; at the end there is one.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,9 +24,12 @@ from tqdm.auto import tqdm
 from emmech.errors import PatchError
 from emmech.models.generation import out_of_memory
 from emmech.piggyback.replay import Replay, Stored
-from emmech.results import RunFolder, append_line, keep_lines, read_lines
+from emmech.results import RunFolder, append_line, read_lines
+from emmech.sharding import Processes, processes
 
 SCORES = "scores.jsonl"
+Key = tuple[int, int]
+"""Which batch: its chunk, and its number there."""
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
 """Tokens of a batch that keep the processor busy; more would only cost memory."""
 
@@ -72,13 +78,13 @@ def score_patches(
         PatchError: One row does not fit in memory.
     """
     started = time.monotonic()
-    budget = fitting(replay, rows)
-    if folder is not None:  # free memory may differ when a stopped run goes on
-        budget = Budget(**folder.remember("budget", asdict(budget)))
-    stream = _Stream(replay, patches, budget, None if folder is None else folder.path / SCORES, progress)
-    with torch.no_grad(), replay.merged(), stream.bar:
-        for number, items in enumerate(stream.chunks):
-            stream.run_chunk(number, items)
+    choose = partial(_chosen, processes(), folder)
+    with torch.no_grad(), replay.merged():
+        budget = Budget(**choose("budget", lambda: asdict(fitting(replay, rows))))
+        if replay.late_start is None:
+            replay.late_start = choose("late_start", lambda: replay.verify(shortest(replay)[:2]))
+        stream = _Stream(replay, patches, budget, folder, progress)
+        stream.run()
     weights = question_weights(replay)
     return Scored(
         *(stream.stored @ weights),
@@ -88,41 +94,86 @@ def score_patches(
     )
 
 
+def _chosen(ours: Processes, folder: RunFolder | None, name: str, make: Callable[[], Any]) -> Any:
+    """What the main process makes of it, the same in every process and when a stopped run goes on."""
+    return ours.from_main(lambda: make() if folder is None else folder.remember(name, make()))
+
+
 class _Stream:
+    """Batches of rows, by chunk of items and number in it; -1 is the one that stores a chunk's states."""
+
     def __init__(
-        self, replay: Replay, patches: Sequence[Any], budget: Budget, path: Path | None, progress: bool
+        self,
+        replay: Replay,
+        patches: Sequence[Any],
+        budget: Budget,
+        folder: RunFolder | None,
+        progress: bool,
     ):
-        self.replay, self.patches, self.budget, self.path = replay, patches, budget, path
+        self.replay, self.patches, self.budget = replay, patches, budget
+        self.ours, self.folder = processes(), folder
         found = [replay.start(patch) for patch in patches]
         self.starts, self.runs = np.array(found, dtype=int).reshape(-1, 2).T
-        lengths = np.array([len(item.ids) for item in replay.items])
-        order = np.argsort(lengths, kind="stable")
+        order = shortest(replay).cpu().numpy()
         self.chunks = [order[i : i + budget.items] for i in range(0, len(order), budget.items)]
-        self.stored = np.zeros((2, len(lengths)))
-        self.scores = np.zeros((len(patches), len(lengths)))
-        self.done: dict[tuple[int, int], list[Any]] = {}
-        if path is not None:
-            keep_lines(path, bool)  # drops a broken last line
-            self.done = {(line["chunk"], line["batch"]): line["scores"] for line in read_lines(path)}
-        self.bar = tqdm(total=len(patches), disable=not progress, unit="cell", dynamic_ncols=True)
+        self.stored = np.zeros((2, len(order)))
+        self.scores = np.zeros((len(patches), len(order)))
+        self.sizes = {key: n for number in range(len(self.chunks)) for key, n in self._sizes(number)}
+        self.done: dict[Key, np.ndarray] = {}
+        if folder is not None:
+            self.done = self.ours.from_main(lambda: _written(folder))
+        self.mine = self.ours.share([key for key in self.sizes if key not in self.done])
+        here = sum(self.sizes[key] for key in [*self.done, *self.mine])
+        self.bar = tqdm(
+            total=math.ceil(here / len(order)),
+            disable=not (progress and self.ours.is_main),
+            unit="cell",
+            dynamic_ncols=True,
+        )
         self._rows_done = 0
 
-    def run_chunk(self, chunk: int, items: Int[np.ndarray, " item"]) -> None:
-        """All patches of some items; -1 is the number of the batch that stores their states."""
-        batches = self._batches(items)
-        keys = [(chunk, number) for number in range(-1, len(batches))]
-        stored = None if all(key in self.done for key in keys) else self._store(items)
-        if (chunk, -1) not in self.done:
-            self._finish(chunk, -1, stored.scores.tolist())
+    def run(self) -> None:
+        """Run the batches of this process, and bring those of all together."""
+        made: dict[Key, np.ndarray] = {}
+        with self.bar:
+            self._advance(sum(self.sizes[key] for key in self.done))
+            for chunk, keys in groupby(self.mine, lambda key: key[0]):
+                made |= self._run_chunk(self.chunks[chunk], list(keys))
+        self.done |= self.ours.together(made)
+        if self.folder is not None:
+            self.ours.from_main(lambda: _put_together(self.folder, self.done))
+        for chunk, items in enumerate(self.chunks):
+            self._fill(chunk, items)
+
+    def _run_chunk(self, items: Int[np.ndarray, " item"], keys: Sequence[Key]) -> dict[Key, np.ndarray]:
+        stored, batches = self._store(items), self._batches(items)
+        made = {}
+        for chunk, number in keys:
+            if number < 0:
+                scores = stored.scores.double().numpy()
+            else:
+                scores = np.array(self._score(stored, items, *batches[number]))
+            made[chunk, number] = scores
+            if self.folder is not None:
+                record = {"chunk": chunk, "batch": number, "scores": scores.tolist()}
+                append_line(self.folder.file(SCORES), record)
+            self._advance(self.sizes[chunk, number])
+        return made
+
+    def _fill(self, chunk: int, items: Int[np.ndarray, " item"]) -> None:
+        """Put the scores of a chunk in their places."""
         self.stored[:, items] = self.done[chunk, -1]
-        for number, (patch, item) in enumerate(batches):
-            if (chunk, number) not in self.done:
-                self._finish(chunk, number, self._score(stored, items, patch, item))
+        for number, (patch, item) in enumerate(self._batches(items)):
             self.scores[patch, items[item]] = self.done[chunk, number]
-            self._advance(len(patch))
         same = np.flatnonzero(self.starts > self.replay.shape.n_layers)
         self.scores[np.ix_(same, items)] = self.stored[np.ix_(self.runs[same], items)]
-        self._advance(len(same) * len(items))
+
+    def _sizes(self, chunk: int) -> Iterator[tuple[Key, int]]:
+        """The batches of a chunk, and how many rows of the result each brings."""
+        items = self.chunks[chunk]
+        sizes = [len(patch) for patch, _ in self._batches(items)]
+        yield (chunk, -1), len(self.patches) * len(items) - sum(sizes)
+        yield from (((chunk, number), size) for number, size in enumerate(sizes))
 
     def _batches(
         self, items: Int[np.ndarray, " item"]
@@ -131,11 +182,13 @@ class _Stream:
         to_run = np.flatnonzero(self.starts <= self.replay.shape.n_layers)
         patch, item = (grid.ravel() for grid in np.meshgrid(to_run, np.arange(len(items)), indexing="ij"))
         order = np.lexsort((patch, item, self.starts[patch]))  # items of a chunk are sorted by length
-        size = self.budget.rows
-        return [(patch[order[i : i + size]], item[order[i : i + size]]) for i in range(0, len(order), size)]
+        patch, item = patch[order], item[order]
+        same = np.stack([self.starts[patch], self.replay.texts.lengths.cpu().numpy()[items[item]]])
+        cuts = batch_ends(same, self.budget.rows)
+        return [(patch[i:j], item[i:j]) for i, j in pairwise([0, *cuts])]
 
     def _store(self, items: Int[np.ndarray, " item"]) -> Stored:
-        """The stored runs of a chunk; on first use, whether starting late is right for this model."""
+        """The stored runs of a chunk."""
         size = max(1, self.budget.rows // 2)
         scores = torch.zeros(2, len(items))
         states = None
@@ -147,10 +200,7 @@ class _Stream:
                     n_runs, n_blocks, _, _, d_model = part.states.shape
                     states = part.states.new_zeros(n_runs, n_blocks, len(items), self.replay.width, d_model)
                 states[:, :, first : first + size, : part.states.shape[3]] = part.states
-        stored = Stored(states, scores)
-        if self.replay.late_start is None:
-            self.replay.late_start = self.replay.verify(self._numbers(items))
-        return stored
+        return Stored(states, scores)
 
     def _score(
         self,
@@ -192,16 +242,46 @@ class _Stream:
     def _numbers(self, values: Int[np.ndarray, " row"]) -> Int[Tensor, " row"]:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.replay.recipient.device)
 
-    def _finish(self, chunk: int, batch: int, scores: list[Any]) -> None:
-        self.done[chunk, batch] = scores
-        if self.path is not None:
-            append_line(self.path, {"chunk": chunk, "batch": batch, "scores": scores})
-
     def _advance(self, rows: int) -> None:
         """Move the bar by whole cells."""
         before, self._rows_done = self._rows_done, self._rows_done + rows
         n = len(self.replay.items)
         self.bar.update(self._rows_done // n - before // n)
+
+
+def batch_ends(kinds: Int[np.ndarray, "kind row"], size: int) -> list[int]:
+    """Where batches of at most ``size`` rows end: between rows of two kinds, if that half fills a batch.
+
+    Rows of one start and one length need no padding, and no block that only some of them have to run.
+    """
+    borders = np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1
+    ends, n_rows = [0], kinds.shape[1]
+    while ends[-1] < n_rows:
+        last = min(ends[-1] + size, n_rows)
+        before = np.searchsorted(borders, last, side="right") - 1
+        half_full = before >= 0 and borders[before] >= ends[-1] + size / 2
+        ends.append(int(borders[before]) if last < n_rows and half_full else last)
+    return ends[1:]
+
+
+def shortest(replay: Replay) -> Int[Tensor, " item"]:
+    """The numbers of the items, short ones first."""
+    lengths = np.array([len(item.ids) for item in replay.items])
+    return torch.from_numpy(np.argsort(lengths, kind="stable")).to(replay.recipient.device)
+
+
+def _written(folder: RunFolder) -> dict[Key, np.ndarray]:
+    """The whole batches in the files of all processes, put into one file."""
+    lines = [line for file in folder.files(SCORES) for line in read_lines(file)]
+    done = {(line["chunk"], line["batch"]): np.array(line["scores"]) for line in lines}
+    _put_together(folder, done)
+    return done
+
+
+def _put_together(folder: RunFolder, done: Mapping[Key, np.ndarray]) -> None:
+    """One file of batches in their order, as one process that is not stopped writes it."""
+    lines = ({"chunk": key[0], "batch": key[1], "scores": done[key].tolist()} for key in sorted(done))
+    folder.replace(SCORES, lines)
 
 
 def fitting(replay: Replay, rows: int | None, *, backward: bool = False) -> Budget:
@@ -214,7 +294,7 @@ def fitting(replay: Replay, rows: int | None, *, backward: bool = False) -> Budg
     if side.device.type == "cuda":
         free, tokens = torch.cuda.mem_get_info(side.device)[0], GPU_TOKENS
     else:
-        free, tokens = psutil.virtual_memory().available, CPU_TOKENS
+        free, tokens = psutil.virtual_memory().available // processes().count, CPU_TOKENS
     size, n_layers = side.dtype.itemsize, replay.shape.n_layers
     d_kv = 2 * replay.shape.n_kv_heads * replay.own[0][0].shape[-1]
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

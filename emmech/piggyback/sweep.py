@@ -15,10 +15,12 @@ from typing import Any
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.cells import Mode, grid, patches
 from emmech.piggyback.replay import Replay, SweepDirection
+from emmech.piggyback.running import open_folder
 from emmech.piggyback.scores import MetricLike, find_metric
 from emmech.piggyback.streaming import Scored, score_patches
 from emmech.piggyback.sweep_result import SweepResult
-from emmech.results import Record, RunFolder, fingerprint, versions
+from emmech.results import Record, fingerprint, versions
+from emmech.sharding import processes
 
 DEFAULT_AXES = ("layer", "position", "kv")
 
@@ -60,10 +62,10 @@ def sweep_kv(
     wanted = patches(cells, mode, replay.shape)
     where = [cell.coordinates() for cell in cells]
     arguments = {"kind": "sweep-kv", "mode": mode, **sweep_arguments(replay, where, rows)}
-    folder = None if out is None else RunFolder(out, arguments, lines=False)
+    folder = open_folder(out, arguments, lines=False)
     scored = score_patches(replay, wanted, rows=rows, folder=folder, progress=progress)
     result = sweep_result(replay, arguments, where, scored)
-    if out is not None:
+    if out is not None and processes().is_main:
         result.save(out)
     return result
 

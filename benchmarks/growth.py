@@ -1,0 +1,131 @@
+"""How a sweep grows: time and peak memory against cells, questions, prefix length and batch.
+
+    python -m benchmarks growth
+
+Every point is a process of its own that loads the pair, sweeps cells spread over all layers, and says how
+long that took (in processor seconds, which other programs change less; on a GPU by the clock) and the most
+memory it held meanwhile. Growth is the exponent b of y = a x^b, fitted on log
+axes: 1 is linear, 0 is flat.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from benchmarks.measure import Aim, Row, number, timed
+from benchmarks.setting import Setting, questions
+from benchmarks.sweep import METRIC
+
+AXES: Mapping[str, Sequence[int]] = {
+    "cells": (60, 240, 960),
+    "questions": (2, 8, 32),
+    "prefix": (24, 256, 1024),
+    "rows": (4, 16, 64),
+}
+AIMS = {
+    ("cells", "seconds"): Aim(1.1, "lower"),
+    ("cells", "peak_gib"): Aim(0.05, "lower"),
+    ("questions", "seconds"): Aim(1.1, "lower"),
+}
+"""The largest exponents that are wanted: linear in cells and questions, and flat in memory."""
+QUANTITIES = {"seconds": "time", "peak_gib": "peak memory"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one process sweeps."""
+
+    cells: int = 60
+    questions: int = 2
+    prefix: int = 24
+    """Tokens of the prefix."""
+    rows: int = 32
+    """Rows of a batch."""
+
+
+def measure(setting: Setting) -> list[Row]:
+    """A row per point, then the exponents."""
+    points: list[Row] = []
+    for axis, values in AXES.items():
+        for value in values:
+            size = replace(Size(), **{axis: value})
+            found = child(setting, size)
+            what = f"{size.cells} cells, {size.questions} questions, {size.prefix}-token prefix"
+            name = f"seconds of {what}, {size.rows} rows a batch"
+            points.append(number(name, found["seconds"], axis=axis, at=value, **found))
+    return points + [
+        number(f"growth of {what} with {axis}: exponent", exponent(points, axis, quantity),
+               AIMS.get((axis, quantity)))
+        for axis in AXES for quantity, what in QUANTITIES.items()
+    ]  # fmt: skip
+
+
+def exponent(points: Sequence[Row], axis: str, quantity: str) -> float:
+    """The slope of a quantity along an axis on log axes, by least squares."""
+    mine = [point for point in points if point["axis"] == axis]
+    x, y = (np.log([point[key] for point in mine]) for key in ("at", quantity))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def child(setting: Setting, size: Size) -> dict[str, float]:
+    """What a process of its own says of a sweep of this size."""
+    how = [setting.base, str(setting.adapter), setting.dtype or "float32", setting.device]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.growth", *how, json.dumps(asdict(size))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[str, float]:
+    """Load, sweep, and say seconds and peak memory (the GPU's, where there is one) of the sweep alone."""
+    import torch
+
+    from emmech.piggyback.cells import grid, patches
+    from emmech.piggyback.replay import Replay
+    from emmech.piggyback.scores import find_metric
+    from emmech.piggyback.streaming import score_patches
+    from emmech.piggyback.sweep import DEFAULT_AXES
+
+    setting = Setting("", base, Path(adapter), device, dtype, 1, Path())
+    replay = Replay(
+        setting.pair(n_prefix=size.prefix), questions(size.questions), find_metric(METRIC), "repair"
+    )
+    cells = grid(DEFAULT_AXES, replay.shape)
+    chosen = np.linspace(0, len(cells) - 1, size.cells).astype(int)
+    wanted = patches([cells[number] for number in chosen], "single", replay.shape)
+    forget_peak()
+    taken = timed(lambda: score_patches(replay, wanted, rows=size.rows, progress=False))
+    on_gpu = replay.recipient.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    return {"seconds": taken.wall if on_gpu else taken.cpu, "peak_gib": peak / 2**30}
+
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def forget_peak() -> None:
+    """Let the peak start from what is held now, where the system can (Linux)."""
+    if _FORGET.exists():
+        _FORGET.write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes resident at most since the peak was forgotten; elsewhere than on Linux, what is held now."""
+    if not _STATUS.exists():
+        return psutil.Process().memory_info().rss
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    *models, wanted_size = sys.argv[1:]
+    print(json.dumps(sweep(*models, Size(**json.loads(wanted_size)))))

@@ -1,0 +1,154 @@
+"""Ratios of times that were taken in turn, with the aim beside them.
+
+    times = alternated({"theirs": theirs, "ours": ours}, repeats=3)
+    row = ratio("theirs / ours", times["theirs"], times["ours"], Aim(4.0))
+
+Machines are noisy: functions are called in turn, a ratio is that of medians, and ``low`` and ``high`` are
+the least and the largest ratio within one turn. ``cpu`` is the ratio of processor seconds, which other
+programs on the machine change less. Read the ratios, not the seconds.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+from rich.table import Table
+
+Row = dict[str, Any]
+PEERS = ("transformer-lens", "nnsight", "pyvene", "accelerate")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a number should reach at least (``higher``), or stay within (``lower``)."""
+
+    value: float
+    better: Literal["higher", "lower"] = "higher"
+
+    def met(self, found: float) -> bool:
+        """Whether a number is as good as that."""
+        return found >= self.value if self.better == "higher" else found <= self.value
+
+
+class Seconds(NamedTuple):
+    """What a call took: by the clock, and of all processor cores together."""
+
+    wall: float
+    cpu: float
+
+
+def timed(function: Callable[[], object]) -> Seconds:
+    """The time of a call, work that a GPU still has to do included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    wait()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def alternated(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Seconds]]:
+    """The time of each function, all of them called in turn; they should have run once before."""
+    times: dict[str, list[Seconds]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(timed(function))
+    return times
+
+
+def ratio(
+    name: str,
+    above: Sequence[Seconds],
+    below: Sequence[Seconds],
+    aim: Aim | None = None,
+    *,
+    scale: float = 1.0,
+    **facts: Any,
+) -> Row:
+    """One row: ``scale`` times the median of ``above`` over that of ``below``, turn by turn its range."""
+    turns = [scale * a.wall / b.wall for a, b in zip(above, below, strict=True)]
+    wall, cpu = (scale * middle(above, kind) / middle(below, kind) for kind in ("wall", "cpu"))
+    return number(name, wall, aim, low=min(turns), high=max(turns), cpu=cpu, **facts)
+
+
+def middle(times: Sequence[Seconds], kind: Literal["wall", "cpu"] = "wall") -> float:
+    """The median of some calls."""
+    return statistics.median(getattr(one, kind) for one in times)
+
+
+def number(name: str, found: float, aim: Aim | None = None, **facts: Any) -> Row:
+    """One row of a number that may have an aim, and of further facts."""
+    aimed = {} if aim is None else {"aim": aim.value, "better": aim.better, "met": aim.met(found)}
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in facts.items()}
+    return {"name": name, "value": round(found, 4), **aimed, **rounded}
+
+
+def not_measured(name: str, why: str) -> Row:
+    """A row for what is not there to compare with."""
+    return {"name": name, "not_measured": why}
+
+
+def installed(package: str) -> bool:
+    """Whether a peer can be compared with."""
+    return _version(package) is not None
+
+
+def machine() -> Row:
+    """What numbers depend on besides the code."""
+    facts: Row = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    packages = ("emmech", "torch", "transformers", "peft", *PEERS)
+    return facts | {package: found for package in packages if (found := _version(package)) is not None}
+
+
+def table(title: str, rows: Iterable[Row]) -> Table:
+    """Rows for the terminal: the number with its range, the aim, and whether it was met."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    made.add_column("")
+    for column in ("", "range", "cpu", "aim", ""):
+        made.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        made.add_row(row["name"], *cells(row))
+    return made
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The number, its range, the ratio of processor seconds, the aim, and whether it was met."""
+    if "not_measured" in row:
+        return "-", "", "", "", f"not measured: {row['not_measured']}"
+    spread = f"{row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""
+    shown = (f"{row['value']:.2f}", spread, f"{row['cpu']:.2f}" if "cpu" in row else "")
+    if "aim" not in row:
+        return *shown, "", ""
+    sign = "≥" if row["better"] == "higher" else "≤"
+    return *shown, f"{sign} {row['aim']:g}", "met" if row["met"] else "MISSED"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,141 @@
+"""Every layer x position x {K, V} cell of the prefix: against one forward per cell, and the bare cost.
+
+A sample of cells is timed in turn with those of each tool, and all is scaled to the whole map; all tools
+must give the same scores first. Our cost of a cell is linear in the blocks from its own up, so the sample
+is from the middle blocks, where it is the mean; what is done once is timed apart, and not scaled. ``bare``
+passes as many tokens as are run here behind the prefix through all blocks, in full batches without a
+prefix; once without logits, once with as many as are read.
+"""
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Aim, Row, Seconds, alternated, middle, ratio
+from benchmarks.peers import with_nnsight, with_transformer_lens
+from benchmarks.setting import REFUSAL, Setting, questions
+from emmech.models.checkpoints import ModelPair
+from emmech.models.views import plain_copy
+from emmech.piggyback.cells import Cell, grid, patches
+from emmech.piggyback.replay import Replay
+from emmech.piggyback.scores import find_metric
+from emmech.piggyback.streaming import fitting, score_patches
+from emmech.piggyback.sweep import DEFAULT_AXES, sweep_kv
+from emmech.piggyback.sweep_result import SweepResult
+
+METRIC = f"target:{REFUSAL}"
+N_QUESTIONS, N_POSITIONS, N_PEER_CELLS = 8, 24, 6
+BARE_SHARE = 8
+"""Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
+MAP = "sweep"
+
+
+def measure(setting: Setting) -> list[Row]:
+    """Rows at the template's own prefix."""
+    return Bench(setting, None).rows(Aim(4.0))
+
+
+class Bench:
+    """One prefix: the cells of the sample, and each way to run them."""
+
+    def __init__(self, setting: Setting, n_prefix: int | None):
+        self.setting, self.pair = setting, setting.pair("float32", n_prefix=n_prefix)
+        self.replay = Replay(self.pair, questions(N_QUESTIONS), find_metric(METRIC), "repair")
+        shape = self.replay.shape
+        layers = sorted({(shape.n_layers - 1) // 2, shape.n_layers // 2})
+        positions = spread(shape.n_positions, N_POSITIONS)
+        self.cells = grid(
+            [Cell((i,), (at,), None, (kv,)) for i in layers for at in positions for kv in (0, 1)], shape
+        )
+        self.peer_cells = [self.cells[number] for number in spread(len(self.cells), N_PEER_CELLS)]
+        self.bare, self.bare_logits = (BareRun(self, logits=logits) for logits in (False, True))
+        self.peers = {
+            "TransformerLens": with_transformer_lens(self.replay),
+            "nnsight": with_nnsight(self.replay),
+        }
+
+    def rows(self, aim: Aim) -> list[Row]:
+        """The ratios; ``aim`` is that of other tools' time over ours."""
+        self.check()
+        ways = {name: lambda scores=scores: self.one_by_one(scores) for name, scores in self.peers.items()}
+        ways |= {"bare": self.bare.run, "bare with logits": self.bare_logits.run}
+        ways |= {"ours": self.ours, "once": lambda: score_patches(self.replay, [], progress=False)}
+        times = alternated(ways, self.setting.repeats)
+        n_cells = len(grid(DEFAULT_AXES, self.replay.shape))
+        share = n_cells / len(self.cells)
+        ours = [whole(*taken, share) for taken in zip(times["ours"], times["once"], strict=True)]
+        where = f"sweep, {self.replay.shape.n_positions}-token prefix"
+        facts = {"cells": n_cells, "of_which_timed": len(self.cells), "by_peers": len(self.peer_cells)}
+        facts |= {"questions": N_QUESTIONS, "our_minutes_for_all": middle(ours) / 60}
+        found = [
+            ratio(f"{where}: {name}, one forward per cell / ours", times[name], ours, aim,
+                  scale=n_cells / len(self.peer_cells), **facts)
+            for name in self.peers
+        ]  # fmt: skip
+        for bare, what in (("bare", "through all blocks"), ("bare with logits", "and the same logits")):
+            found.append(
+                ratio(f"{where}: ours / as many tokens {what}", ours, times[bare], Aim(0.6, "lower"),
+                      scale=1 / (BARE_SHARE * share), **facts)
+            )  # fmt: skip
+        return found
+
+    def ours(self) -> np.ndarray:
+        """Scores of the sample, by cell and question."""
+        wanted = patches(self.cells, "single", self.replay.shape)
+        return score_patches(self.replay, wanted, progress=False).patched
+
+    def one_by_one(self, scores) -> np.ndarray:
+        """Scores of the peers' cells, each by a forward of all questions."""
+        return np.stack([scores(cell).double().cpu().numpy() for cell in self.peer_cells])
+
+    def check(self) -> None:
+        """All tools must find the same, and the cells must do something."""
+        mine = self.ours()[[self.cells.index(cell) for cell in self.peer_cells]]
+        with torch.no_grad():
+            every = torch.arange(len(self.replay.items), device=self.replay.recipient.device)
+            plain = self.replay.store(every).scores[0].double().cpu().numpy()
+        assert np.abs(mine - plain).max() > 0, "no cell changes anything"
+        tolerance = 1e-3 if self.replay.recipient.dtype == torch.float32 else 0.1
+        for name, scores in self.peers.items():
+            off = float(np.abs(self.one_by_one(scores) - mine).max())
+            assert off < tolerance, f"{name} differs by {off:.1e}"
+
+
+class BareRun:
+    """The finetuned model, adapter merged, over a part of as many tokens as the sample has."""
+
+    def __init__(self, bench: Bench, *, logits: bool):
+        replay = bench.replay
+        model = plain_copy(replay.recipient)
+        self.blocks, self.head = model.get_decoder(), model.get_output_embeddings() if logits else None
+        width = round(float(replay.texts.lengths.float().mean()))
+        rows = fitting(replay, None).rows
+        n_rows = len(bench.cells) * len(replay.items) // BARE_SHARE
+        self.batches = [
+            replay.texts.ids[:1, :1].repeat(min(rows, n_rows - first), width)
+            for first in range(0, n_rows, rows)
+        ]
+        self.n_read = replay.items[0].n_read
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """One pass per batch."""
+        for ids in self.batches:
+            states = self.blocks(input_ids=ids, use_cache=False)[0]
+            if self.head is not None:
+                self.head(states[:, -self.n_read :].flatten(0, 1))
+
+
+def whole(sample: Seconds, once: Seconds, share: float) -> Seconds:
+    """The time of ``share`` times as many cells, what is done once counted once."""
+    return Seconds(*(fixed + share * (all_of - fixed) for all_of, fixed in zip(sample, once, strict=True)))
+
+
+def spread(n: int, wanted: int) -> list[int]:
+    """``wanted`` of the numbers below ``n`` (all, where there are fewer), evenly placed."""
+    wanted = min(n, wanted)
+    return [int((place + 0.5) * n / wanted) for place in range(wanted)]
+
+
+def exact_map(setting: Setting, pair: ModelPair) -> SweepResult:
+    """The sweep of all cells, kept from the last time where it is there."""
+    return sweep_kv(pair, questions(N_QUESTIONS), METRIC, out=setting.folder / MAP)
