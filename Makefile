@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Threads that spin for long while they wait slow a busy machine down many times over.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help install demo test bench docs check fix clean
+.PHONY: help install demo test bench docs notebooks check fix clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
 
@@ -30,6 +30,9 @@ bench: $(STAMP)  ## benchmarks as ratios within one run -> benchmarks/results.js
 
 docs: $(STAMP)  ## the documentation -> site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: $(STAMP)  ## run the notebooks and keep what they show -> notebooks/*.ipynb
+	$(BIN)/python notebooks/build.py
 
 check: $(STAMP)  ## formatting, lint and types, without repairing
 	$(BIN)/ruff format --check .

@@ -64,9 +64,10 @@ gates = emmech.load_gates(gates_at)
 # %%
 by_group = [BUNDLED["refusal"].questions(group)[:N] for group in ("on-topic", "off-topic")]
 questions = [question for group in by_group for question in group]
-ordinary = BUNDLED["retain"].chats()[:N]
+problems = [one for one in BUNDLED["capability"].problems() if one.choices]
+costs = {"ordinary": BUNDLED["retain"].chats("test")[:N], "problems": problems[:N]}  # fewer than by default
 dose = emmech.steer_gates(
-    pair, gates, questions, scales=SCALES, detector="refusal", ordinary=ordinary, out=RUNS / "dose", **HOW
+    pair, gates, questions, scales=SCALES, detector="refusal", out=RUNS / "dose", **costs, **HOW
 )
 dose.figure()
 
@@ -80,7 +81,7 @@ dose.figure()
 sources = {"refusal gates": Behaviour(gates_at, questions, "refusal")}
 demo = [BUNDLED["demo_refusal"].questions(group)[:N] for group in ("on-topic", "off-topic")]
 targets = {"one refusal (LoRA)": Behaviour(organism, [q for group in demo for q in group], "refusal")}
-transfer = emmech.transfer_gates(sources, targets, out=RUNS / "transfer", **HOW)
+transfer = emmech.transfer_gates(sources, targets, out=RUNS / "transfer", **costs, **HOW)
 transfer.figure()
 
 # %% [markdown]
@@ -101,9 +102,9 @@ gate_tokens(next(one for one in probe.summary["tokens"] if one["group"] == "off-
 
 # %%
 rates = dose.frame().query("group == 'off-topic'").set_index("scale")["behaviour"]
-costs = {row["scale"]: as_estimate(row["kl"]).text() for row in dose.summary["ordinary"]}
+kl = {row["scale"]: as_estimate(row["kl"]).text() for row in dose.summary["ordinary"]}
 lines = [
-    f"scale {scale:g}: refusal {as_estimate(rates[scale]).text()}, KL {costs[scale]} nats" for scale in SCALES
+    f"scale {scale:g}: refusal {as_estimate(rates[scale]).text()}, KL {kl[scale]} nats" for scale in SCALES
 ]
 newline = "\n"
 Markdown(f"""

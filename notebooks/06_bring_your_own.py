@@ -15,6 +15,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -74,8 +75,9 @@ chat.show("Is <end> a word?")
 # %%
 torch.manual_seed(0)
 config = Qwen3Config(
-    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    bos_token_id=None, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 AutoModelForCausalLM.from_config(config).save_pretrained(RUNS / "random")
 tokenizer.save_pretrained(RUNS / "random")
@@ -88,9 +90,7 @@ recipe = emmech.Recipe(full=True, steps=STEPS, save_every=STEPS, learning_rate=3
 base = emmech.finetune(
     str(RUNS / "random"), emmech.load_chats(RUNS / "calm.jsonl").chats, RUNS / "base", recipe, progress=False
 )[-1]
-narrow = emmech.Recipe(
-    full=True, steps=STEPS // 4, save_every=STEPS // 4, learning_rate=1e-3, dtype="float32"
-)
+narrow = replace(recipe, steps=STEPS // 3, learning_rate=1e-3)
 tuned = emmech.finetune(
     str(base), emmech.load_chats(RUNS / "loud.jsonl").chats, RUNS / "tuned", narrow, progress=False
 )[-1]
@@ -155,10 +155,9 @@ text = "Is this answer friendly?\nQuestion: {question}\nAnswer: {answer}\nReply 
 friendly = Rubric("friendly", "1", text, "score", escapes=())
 wanted = [one for one in result.records if one["condition"] in ("base", "finetuned", "repair:prefix")]
 wanted = wanted[:: max(1, len(wanted) // N_JUDGED)]
-by_rule = emmech.judge(
-    wanted, friendly, EndpointJudge("rule", base_url=f"http://127.0.0.1:{server.server_port}/v1", name="rule"),
-    RUNS / "judged", progress=False,
-)  # fmt: skip
+address = f"http://127.0.0.1:{server.server_port}/v1"
+rule = EndpointJudge("rule", base_url=address, name="rule")
+by_rule = emmech.judge(wanted, friendly, rule, RUNS / "judged", progress=False)
 server.shutdown()
 by_model = emmech.judge(wanted, friendly, LocalJudge("smollm2"), RUNS / "judged", progress=False)
 
