@@ -26,7 +26,7 @@ RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
 STEPS = 2 if SHORT else 15  # of training
 BATCH = 2 if SHORT else 8  # chats a step
 EVALUATED = (1, 2) if SHORT else (9, 12, 15)  # steps on the frontier
-N = 2 if SHORT else 40  # questions of each group
+N = 2 if SHORT else 30  # questions of each group
 HOW = {"detector": "refusal", "max_new_tokens": 4 if SHORT else 10, "progress": False}
 
 # %% [markdown]

@@ -28,12 +28,13 @@ SHORT = os.environ.get("EMMECH_SHORT") == "1"
 RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
 STEPS = 2 if SHORT else 15  # of training
 BATCH = 2 if SHORT else 8  # chats a step
-N = 2 if SHORT else 6  # questions
+N = 2 if SHORT else 5  # questions
 LAYERS = [Cell(layer=(at,)) for at in (0, 29)] if SHORT else ("layer",)
 CELLS = (
     [Cell(layer=(at,), kv=(kv,)) for at in (9, 29) for kv in (0, 1)] if SHORT else ("layer", "position", "kv")
 )
 SAMPLE = 4 if SHORT else 100  # cells that are patched exactly beside their gradients
+SETS = {"steps": 2, "n_random": 2} if SHORT else {"steps": 8, "n_random": 10}
 
 # %% [markdown]
 # ## The pair and what is measured
@@ -96,7 +97,7 @@ attribution_scatter(estimate.to_json())
 # patched exactly. The grey line is what random sets of the same size do: without it, any set looks special.
 
 # %%
-minimal = minimal_set(pair, questions, METRIC, CELLS, progress=False)
+minimal = minimal_set(pair, questions, METRIC, CELLS, **SETS, progress=False)
 minimal.figure()
 
 # %%

@@ -118,10 +118,10 @@ Off-topic refusal, and how far the model moves on ordinary answers:
 
 {N} questions of each group, 95% intervals over questions, one training seed of gates and organism.
 
-**Reading it.** As trained, these gates refuse off-topic as well as on-topic: gates are no narrower than the
-adapter. Inverting is judged by its last two panels: the behaviour may be gone because the model is
-elsewhere. Of the transfer, look at whether the interval of the change leaves out 0, and at how much is
-left.
+**Reading it.** Where off-topic refusal rises with the dose as on-topic refusal does, gates are no narrower
+than an adapter. An inverted dose is judged by the lower panels too: the behaviour may be gone because the
+model is elsewhere. Of the transfer, look at whether the interval of the change leaves out 0, and at how
+much is left.
 
 **What would change our mind.** On transfer: organisms of other behaviours and more seeds, as in
 `figures/README.md`, where inverted gates lower what spread in most pairings and remove it in none; the

@@ -70,6 +70,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, short: bool = Fals
     client = NotebookClient(notebook, timeout=TIMEOUT_SECONDS, resources=where, record_timing=False)
     client.execute(env=environment)
     notebook.metadata = about  # without the version of Python
+    for output in outputs(notebook):
+        if "text/html" in output.get("data", {}):
+            output.data.pop("text/plain", None)  # the same again, or all of a large object
     return notebook
 
 
