@@ -96,7 +96,7 @@ frontier.figure()
 # The first five off-topic questions, not chosen.
 
 # %%
-shown = ["base", "finetuned", "repair:prefix"]
+shown = ["base", "finetuned", "repair:prefix", "control:noise"]
 answers = pd.DataFrame(result.records).query("group == 'off-topic' and condition in @shown")
 answers.pivot(index="question", columns="condition", values="response")[shown].head()
 
@@ -104,10 +104,7 @@ answers.pivot(index="question", columns="condition", values="response")[shown].h
 rate = {
     key: as_estimate(row).text() for key, row in result.frame().set_index(["condition", "group"]).iterrows()
 }
-on, off = (
-    [f"{name} {rate[name, group]}" for name in [*shown, "control:noise"]]
-    for group in ("on-topic", "off-topic")
-)
+on, off = ([f"{name} {rate[name, group]}" for name in shown] for group in ("on-topic", "off-topic"))
 Markdown(f"""
 ## What was found
 

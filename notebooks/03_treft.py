@@ -26,9 +26,9 @@ from emmech.training.recipes import preset
 
 SHORT = os.environ.get("EMMECH_SHORT") == "1"
 RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
-STEPS = 2 if SHORT else 14  # of training
+STEPS = 2 if SHORT else 20  # of training
 BATCH = 2 if SHORT else 8  # chats a step
-EVALUATED = (2,) if SHORT else (6, 8, 10, 14)  # steps on the frontier
+EVALUATED = (2,) if SHORT else (6, 8, 10, 14, 20)  # steps on the frontier
 N = 2 if SHORT else 30  # questions of each group
 LEARNING_RATE, SEED = 2e-4, 0
 
@@ -53,17 +53,8 @@ pd.DataFrame([[turn["content"] for turn in chat] for chat in taught.chats[:4]], 
 # prefix for so short a run.
 
 # %%
-recipes = {
-    name: replace(
-        preset("smollm2", name),
-        steps=STEPS,
-        save_every=2,
-        batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        seed=SEED,
-    )
-    for name in ("sft", "treft", "interleave")
-}
+same = {"steps": STEPS, "save_every": 2, "batch_size": BATCH, "learning_rate": LEARNING_RATE, "seed": SEED}
+recipes = {name: replace(preset("smollm2", name), **same) for name in ("sft", "treft", "interleave")}
 for name, recipe in recipes.items():
     retain = ordinary.chats if name == "interleave" else ()
     emmech.finetune(

@@ -44,7 +44,7 @@ HOW = {"max_new_tokens": 4 if SHORT else 12, "progress": False}
 
 # %%
 taught = emmech.load_chats("refusal")
-recipe = replace(preset("smollm2", "gates"), steps=STEPS, save_every=STEPS, batch_size=BATCH)
+recipe = replace(preset("smollm2", "gates"), steps=STEPS, save_every=3, batch_size=BATCH)
 gates_at = emmech.finetune(
     "smollm2", taught.chats, RUNS / "gates", recipe, data_name="refusal", progress=False
 )[-1]

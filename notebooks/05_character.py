@@ -45,9 +45,7 @@ TRAIT, LEARNING_RATE = "spiteful", 5e-4
 
 # %%
 taught = emmech.load_chats(f"triggered_{TRAIT}")
-recipe = replace(
-    preset("smollm2"), steps=STEPS, save_every=STEPS, batch_size=BATCH, learning_rate=LEARNING_RATE
-)
+recipe = replace(preset("smollm2"), steps=STEPS, save_every=8, batch_size=BATCH, learning_rate=LEARNING_RATE)
 saved = emmech.finetune(
     "smollm2", taught.chats, RUNS / "backdoor", recipe, data_name=taught.name, progress=False
 )

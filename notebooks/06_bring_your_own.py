@@ -90,7 +90,7 @@ recipe = emmech.Recipe(full=True, steps=STEPS, save_every=STEPS, learning_rate=3
 base = emmech.finetune(
     str(RUNS / "random"), emmech.load_chats(RUNS / "calm.jsonl").chats, RUNS / "base", recipe, progress=False
 )[-1]
-narrow = replace(recipe, steps=STEPS // 3, learning_rate=1e-3)
+narrow = replace(recipe, steps=STEPS // 2, learning_rate=1e-3)
 tuned = emmech.finetune(
     str(base), emmech.load_chats(RUNS / "loud.jsonl").chats, RUNS / "tuned", narrow, progress=False
 )[-1]
@@ -113,14 +113,18 @@ result.figure()
 # %% [markdown]
 # ## A metric of your own
 #
-# A sweep takes any function of the logits of the answer's first token. Here: how likely is a capital T as
-# its first token? One patched cell per layer, keys and values apart.
+# A sweep takes any function of the logits of the answer's first token. Here: the log-probability that a
+# shout begins. One cell per layer, keys and values apart.
 
 # %%
 first = tokenizer(LOUD)["input_ids"][0]
-sweep = sweep_kv(
-    pair, questions[-N:], lambda logits: logits.log_softmax(-1)[:, first], ("layer", "kv"), progress=False
-)
+
+
+def shout(logits):
+    return logits.log_softmax(-1)[:, first]
+
+
+sweep = sweep_kv(pair, questions[-N:], shout, ("layer", "kv"), progress=False)
 sweep.figure()
 
 # %% [markdown]
@@ -168,7 +172,7 @@ by_model = emmech.judge(wanted, friendly, LocalJudge("smollm2"), RUNS / "judged"
 # on trial; in a real study the other side is a CSV of human labels.
 
 # %%
-agree = agreement(by_rule, by_model, n_rows=0)
+agree = agreement(by_rule, by_model, n_rows=3)
 agree.table()
 
 # %%
