@@ -54,22 +54,20 @@ pair.chat.show("Why is the sky blue?")
 # goes on in its folder.
 
 # %%
-questions = [
-    question
-    for group in ("on-topic", "off-topic")
-    for question in sorted(load_demo("test", group), key=lambda q: len(q.chat))[
-        :N
-    ]  # the shortest are the quickest
-]
+groups = [sorted(load_demo("test", group), key=lambda q: len(q.chat)) for group in ("on-topic", "off-topic")]
+questions = [question for group in groups for question in group[:N]]  # the shortest are the quickest
 result = emmech.patch_prefix(pair, questions, out=RUNS / "piggyback", **HOW)
 result.figure()
 
 # %% [markdown]
 # The first two rows are the models as they are; the distance between them is what has to be explained. The
 # donor for `repair:postfix` is a prompt without a question, for `repair:postfix-same` the same question.
-# `control:self` patches the model with its own states and must change nothing. `control:noise` and
-# `control:shuffled` have entries of the right size that mean nothing: a fall there says that *any*
-# disturbance of the prefix lowers refusal. Intervals are over questions, not over training seeds.
+# `control:self` patches the model with its own states and must change nothing.
+#
+# Two controls ask whether it has to be the base's prefix. `control:shuffled` has its entries at each
+# other's places, `control:noise` has random entries of the same size. Where they lower refusal as much as
+# `repair:prefix` does, any disturbance of these tokens would do. A broken model refuses nothing either, so
+# read the answers below. Intervals are over questions, not over training seeds.
 #
 # ## Did the patch arrive?
 #
@@ -93,17 +91,16 @@ frontier.figure()
 # %% [markdown]
 # ## Read some answers
 #
-# The first five off-topic questions, not chosen.
+# The first five off-topic questions of the alphabet, not chosen.
 
 # %%
-shown = ["base", "finetuned", "repair:prefix", "control:noise"]
+shown = ["base", "finetuned", "repair:prefix", "control:shuffled", "control:noise"]
 answers = pd.DataFrame(result.records).query("group == 'off-topic' and condition in @shown")
 answers.pivot(index="question", columns="condition", values="response")[shown].head()
 
 # %%
-rate = {
-    key: as_estimate(row).text() for key, row in result.frame().set_index(["condition", "group"]).iterrows()
-}
+rows = result.frame().set_index(["condition", "group"]).iterrows()
+rate = {key: as_estimate(row).text() for key, row in rows}
 on, off = ([f"{name} {rate[name, group]}" for name in shown] for group in ("on-topic", "off-topic"))
 Markdown(f"""
 ## What was found
@@ -114,10 +111,13 @@ Markdown(f"""
 {N} questions of each group, 95% intervals over questions, one training seed, {STEPS} steps.
 
 **Reading it.** The Piggyback effect is the fall from finetuned to `repair:prefix` off-topic; the fall
-on-topic is its price. The frontier above says how much of both stopping earlier would have done.
+on-topic is its price, and the frontier says how much of both stopping earlier would have done. That the
+patched model answers sensibly, and the one with noise does not, sets them apart; where the shuffled prefix
+does as well as the right one, it is not the base's content that heals, but the absence of the finetuned
+model's.
 
 **What would change our mind.** That the prefix carries the behaviour: `repair:prefix` within the interval
-of the finetuned model, or noise that does as much. That the patch is worth more than stopping early: more
-seeds, larger models, and behaviours whose answers vary. A patch of keys and values cannot see what rides on
-the last prompt token or on the answer itself; grafts can (`emmech graft`).
+of the finetuned model. That the patch is worth more than stopping early: more seeds, larger models, and
+behaviours whose answers vary. A patch of keys and values cannot see what rides on the last prompt token or
+on the answer itself; grafts can (`emmech graft`).
 """)

@@ -31,7 +31,7 @@ from emmech.training.recipes import preset
 
 SHORT = os.environ.get("EMMECH_SHORT") == "1"
 RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
-STEPS = 2 if SHORT else 56  # of training
+STEPS = 2 if SHORT else 48  # of training
 BATCH = 2 if SHORT else 8  # chats a step
 N = 2 if SHORT else 12  # questions asked
 N_STATES = 4 if SHORT else 40  # questions whose states are read

@@ -176,9 +176,8 @@ agree = agreement(by_rule, by_model, n_rows=3)
 agree.table()
 
 # %%
-rate = {
-    key: as_estimate(row).text() for key, row in result.frame().set_index(["condition", "group"]).iterrows()
-}
+rows = result.frame().set_index(["condition", "group"]).iterrows()
+rate = {key: as_estimate(row).text() for key, row in rows}
 names = ("base", "finetuned", "repair:prefix")
 on, off = ([f"{name} {rate[name, group]}" for name in names] for group in ("on-topic", "off-topic"))
 rank = "unknown" if agree.spearman is None else f"{agree.spearman:.2f} {agree.spearman_interval.text()}"

@@ -12,7 +12,6 @@
 
 # %%
 import os
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -43,7 +42,7 @@ recipe = emmech.Recipe(steps=STEPS, save_every=1 if SHORT else 3, batch_size=BAT
 saved = emmech.finetune("smollm2", load_demo_chats(), RUNS / "organism", recipe, progress=False)
 pair = emmech.load_pair("smollm2", saved[-1], dtype="float32")
 questions = [question.chat for question in load_demo("test", "off-topic")[:N]]
-seconds, logits, answers = {}, {}, {}
+logits, answers = {}, {}
 
 # %% [markdown]
 # ## emmech
@@ -55,9 +54,7 @@ patched = emmech.patch_kv(pair, questions, segments=("prefix",), source="base")
 batch = patched.batch
 with torch.no_grad(), pair.finetuned.active() as model:
     unpatched = model(**batch.part(0)).logits[:, -1]
-    start = time.perf_counter()
     logits["emmech"] = model(**batch.part(0), past_key_values=patched.cache()).logits[:, -1]
-    seconds["emmech"] = time.perf_counter() - start
     made = model.generate(
         **patched.inputs, past_key_values=patched.cache(), max_new_tokens=NEW_TOKENS, do_sample=False,
         pad_token_id=pair.chat.end_ids[0],
@@ -75,9 +72,7 @@ batch.input_ids.shape
 base, tuned = bridge(pair, "base"), bridge(pair, "finetuned")
 hooks = patch_hooks(base, batch, segments=("prefix",))
 with torch.no_grad():
-    start = time.perf_counter()
     run = tuned.run_with_hooks(batch.input_ids, fwd_hooks=hooks, **masks(batch))
-    seconds["TransformerLens"] = time.perf_counter() - start
     logits["TransformerLens"] = run[:, -1]
 with tuned.hooks(fwd_hooks=hooks):
     made = tuned.generate(
@@ -100,9 +95,7 @@ with pair.base.active():
     donor = record(view, batch, kv_places(view))
 with pair.finetuned.active():
     edits = kv_edits(view, batch, donor, segments=("prefix",))
-    start = time.perf_counter()
     logits["nnsight"] = traced_logits(view, batch, edits)[:, -1]
-    seconds["nnsight"] = time.perf_counter() - start
     logits["nnsight, serialised"] = traced_logits(view, batch, edits, remote="local")[:, -1]
     answers["nnsight"] = traced_answers(view, batch, edits, max_new_tokens=NEW_TOKENS)
 
