@@ -30,7 +30,10 @@ QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning",  # between third parties
     "GOMP_SPINCOUNT": "20000",
 }
-PYTHON = {"display_name": "Python 3", "language": "python", "name": "python3"}
+ABOUT = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},  # no version
+}
 WIDTH = 900
 """Of a picture, in pixels."""
 TIMEOUT_SECONDS = 1800
@@ -57,7 +60,7 @@ def sources(names: Sequence[str] = ()) -> list[Path]:
 def read(source: Path) -> nbformat.NotebookNode:
     """A source as a notebook without outputs, its cells numbered."""
     notebook = jupytext.read(source)
-    notebook.metadata = nbformat.from_dict({"kernelspec": PYTHON, "language_info": {"name": "python"}})
+    notebook.metadata = nbformat.from_dict(ABOUT)
     for number, cell in enumerate(notebook.cells, start=1):
         cell.id, cell.metadata = f"{source.stem[:2]}-{number}", nbformat.from_dict({})
     return notebook
@@ -66,10 +69,10 @@ def read(source: Path) -> nbformat.NotebookNode:
 def execute(notebook: nbformat.NotebookNode, folder: Path, *, short: bool = False) -> nbformat.NotebookNode:
     """Run every cell in a fresh kernel that is started in ``folder``."""
     environment = os.environ | QUIET | {SHORT: "1" if short else "0"}
-    where, about = {"metadata": {"path": str(folder)}}, notebook.metadata
+    where = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=TIMEOUT_SECONDS, resources=where, record_timing=False)
     client.execute(env=environment)
-    notebook.metadata = about  # without the version of Python
+    notebook.metadata = nbformat.from_dict(ABOUT)  # as it was
     for output in outputs(notebook):
         if "text/html" in output.get("data", {}):
             output.data.pop("text/plain", None)  # the same again, or all of a large object
