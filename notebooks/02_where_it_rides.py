@@ -28,7 +28,7 @@ SHORT = os.environ.get("EMMECH_SHORT") == "1"
 RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
 STEPS = 2 if SHORT else 15  # of training
 BATCH = 2 if SHORT else 8  # chats a step
-N = 2 if SHORT else 5  # questions
+N = 2 if SHORT else 4  # questions
 LAYERS = [Cell(layer=(at,)) for at in (0, 29)] if SHORT else ("layer",)
 CELLS = (
     [Cell(layer=(at,), kv=(kv,)) for at in (9, 29) for kv in (0, 1)] if SHORT else ("layer", "position", "kv")

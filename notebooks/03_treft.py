@@ -28,8 +28,8 @@ SHORT = os.environ.get("EMMECH_SHORT") == "1"
 RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
 STEPS = 2 if SHORT else 20  # of training
 BATCH = 2 if SHORT else 8  # chats a step
-EVALUATED = (2,) if SHORT else (6, 8, 10, 14, 20)  # steps on the frontier
-N = 2 if SHORT else 30  # questions of each group
+EVALUATED = (2,) if SHORT else (6, 10, 20)  # steps on the frontier
+N = 2 if SHORT else 24  # questions of each group
 LEARNING_RATE, SEED = 2e-4, 0
 
 # %% [markdown]

@@ -32,7 +32,7 @@ RUNS = Path("../runs/notebooks") / ("short" if SHORT else "full")
 STEPS = 2 if SHORT else 12  # of training the gates
 BATCH = 2 if SHORT else 8  # chats a step
 SCALES = (-1, 1) if SHORT else (-1, 0, 0.5, 1, 2)
-N = 2 if SHORT else 20  # questions of each group
+N = 2 if SHORT else 12  # questions of each group
 HOW = {"max_new_tokens": 4 if SHORT else 12, "progress": False}
 
 # %% [markdown]
