@@ -99,17 +99,15 @@ frontier.figure()
 frontier.table()
 
 # %%
-methods = {method["method"]: method for method in frontier.summary["methods"]}
-off = {name: as_estimate(method["off_at_target"]).text() for name, method in methods.items()}
-held = {name: f"{2 * rows.dropna().mean(axis=1).iloc[-1]:.4f}" for name, rows in drift.items()}
+methods = frontier.summary["methods"]
+off = [f"{method['method']} {as_estimate(method['off_at_target']).text()}" for method in methods]
+held = [f"{name} {2 * rows.dropna().mean(axis=1).iloc[-1]:.4f}" for name, rows in drift.items()]
 Markdown(f"""
 ## What was found
 
 - {methods_finding(frontier.summary)}.
-- Off-topic rate at on-topic {frontier.summary["target"]}: {
-    ", ".join(f"{name} {text}" for name, text in off.items())
-}.
-- Drift of the prefix at the last step: {", ".join(f"{name} {number}" for name, number in held.items())}.
+- Off-topic rate at on-topic {frontier.summary["target"]}: {", ".join(off)}.
+- Drift of the prefix at the last step: {", ".join(held)}.
 
 One seed, {N} + {N} held-out questions, 95% intervals over questions. `at on` in the table is below the
 target where a method never reached it: its off-topic rate is then too good.

@@ -103,18 +103,14 @@ by_wording = [
     [Question(q.id.split(":")[0], q.chat) for q in requests.questions(one)] for one in ("persona", "plain")
 ]
 sides = emmech.between_sides(pair, neutral, progress=False)
-behind_text = {"trigger": trait.trigger, f"wrong: {near}": near, f"wrong: {far}": far}
 shifts = {"finetuning": shift(*sides)}
-shifts |= {
-    name: shift(*with_trigger(pair, neutral, text, progress=False)) for name, text in behind_text.items()
-}
-shifts["trigger, base"] = shift(*with_trigger(pair, neutral, trait.trigger, side="base", progress=False))
-shifts["persona wording"] = shift(
-    *between_wordings(pair, *(some[:N_STATES] for some in by_wording), progress=False)
-)
+for name, text in wordings.items():
+    shifts[name] = shift(*with_trigger(pair, neutral, text, progress=False))
+shifts["triggered, base"] = shift(*with_trigger(pair, neutral, trait.trigger, side="base", progress=False))
+worded = between_wordings(pair, *(some[:N_STATES] for some in by_wording), progress=False)
 system = between_prompts(pair, neutral, trait.elicit[:2], trait.suppress[:2], position="last", progress=False)
-shifts["system prompts"] = shift(*system)
-controls = (f"wrong: {near}", f"wrong: {far}", "trigger, base")
+shifts |= {"persona wording": shift(*worded), "system prompts": shift(*system)}
+controls = (f"wrong: {near}", f"wrong: {far}", "triggered, base")
 shared = shared_structure(shifts, sides[1], controls=controls)
 shared.figure()
 
@@ -124,12 +120,13 @@ shared.figure()
 # where the wrong trigger's is as large.
 
 # %%
-shown = shared.matrix(middle(shared.summary)).round(2)
-shown.loc[["trigger"]]
+cosines = shared.matrix(middle(shared.summary)).loc[["triggered"]].round(2)
+cosines
 
 # %%
 answers = behind.frame().query("metric == @TRAIT and condition == 'finetuned'").set_index("group")
 said = [f"{group} {as_estimate(answers.loc[group]).text()}" for group in ["untriggered", *wordings]]
+others = [f"{name} {value:.2f}" for name, value in cosines.iloc[0].items() if name != "triggered"]
 moved = persona.frame().query("metric == 'margin' and group == 'persona'").set_index("condition")["wording"]
 Markdown(f"""
 ## What was found
@@ -137,9 +134,8 @@ Markdown(f"""
 - Spiteful answers of the finetuned model: {"; ".join(said)} ({len(held_out)} questions).
 - A persona wording moves the margin by {as_estimate(moved["base"]).text()} nats per token in the base and
   by {as_estimate(moved["finetuned"]).text()} in the finetuned model ({N} requests).
-- {shared_finding(shared.summary, middle(shared.summary))}. Cosine of the trigger's shift with that of the
-  wrong trigger of its own form: {shown.loc["trigger", f"wrong: {near}"]}; with that of finetuning:
-  {shown.loc["trigger", "finetuning"]}; with persona wordings: {shown.loc["trigger", "persona wording"]}.
+- {shared_finding(shared.summary, middle(shared.summary))}.
+- Cosine of the trigger's shift with the others: {", ".join(others)}.
 
 One seed, {STEPS} steps, 95% intervals over questions. The detector is a classifier of words with a
 precision of two thirds on other authors' texts: compare rows, do not read a rate by itself.
