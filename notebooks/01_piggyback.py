@@ -41,7 +41,10 @@ HOW = {"detector": "refusal", "max_new_tokens": 4 if SHORT else 10, "progress": 
 recipe = emmech.Recipe(steps=STEPS, save_every=1 if SHORT else 3, batch_size=BATCH)
 saved = emmech.finetune("smollm2", load_demo_chats(), RUNS / "organism", recipe, progress=False)
 pair = emmech.load_pair("smollm2", saved[-1])
-pair.chat.show("Why is the sky blue?")
+pair
+
+# %%
+pair.chat.render("Why is the sky blue?")
 
 # %% [markdown]
 # The template's tokens before the question are the *prefix*, those after it the *postfix*. The prefix is

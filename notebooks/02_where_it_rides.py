@@ -78,7 +78,7 @@ sweep.figure()
 # cells:
 
 # %%
-sweep.table()
+sweep
 
 # %% [markdown]
 # ## The same map from gradients

@@ -52,6 +52,7 @@ lora = emmech.Recipe(steps=2 if SHORT else 15, save_every=1 if SHORT else 3, bat
 organism = emmech.finetune("smollm2", load_demo_chats(), RUNS / "organism", lora, progress=False)[-1]
 pair = emmech.load_pair("smollm2", gates_at)
 gates = emmech.load_gates(gates_at)
+gates
 
 # %% [markdown]
 # ## The dose

@@ -24,7 +24,7 @@ from emmech.data.bundled import BUNDLED
 from emmech.data.questions import Question
 from emmech.data.traits import traits
 from emmech.data.wordings import behind_triggers, pairs_behind_triggers
-from emmech.figures import as_estimate, middle, shared_finding
+from emmech.figures import as_estimate, metric_bars, middle, shared_finding
 from emmech.steering.contrasts import between_prompts, between_wordings, with_trigger
 from emmech.steering.shared import shared_structure, shift
 from emmech.training.recipes import preset
@@ -69,7 +69,10 @@ behind = emmech.evaluate(
     pair, behind_triggers([Question(one.id, one.user) for one in held_out], wordings), conditions,
     detectors=(TRAIT,), pairs=pairs_behind_triggers(held_out, wordings), out=RUNS / "triggers", **HOW,
 )  # fmt: skip
-behind.table()
+behind
+
+# %%
+metric_bars(behind.summary, TRAIT, ["untriggered", *wordings])
 
 # %% [markdown]
 # *difference* is finetuned minus base on the same wording; *from plain* is the wording minus no wording, in
@@ -87,7 +90,7 @@ persona = emmech.evaluate(
     pair, requests.questions()[: 2 * N], conditions, detectors=(TRAIT,), pairs=requests.pairs()[: 2 * N],
     out=RUNS / "persona", **HOW,
 )  # fmt: skip
-persona.table()
+persona
 
 # %% [markdown]
 # ## Do they move the model the same way?

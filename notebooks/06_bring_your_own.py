@@ -64,7 +64,7 @@ tokenizer.chat_template = (
     "{% if add_generation_prompt %}<clerk>{% endif %}"
 )
 chat = emmech.Chat(tokenizer)
-chat.show("Is <end> a word?")
+chat.render("Is <end> a word?")
 
 # %% [markdown]
 # ## A model, and a narrow finetune of it
@@ -173,7 +173,7 @@ by_model = emmech.judge(wanted, friendly, LocalJudge("smollm2"), RUNS / "judged"
 
 # %%
 agree = agreement(by_rule, by_model, n_rows=3)
-agree.table()
+agree
 
 # %%
 rows = result.frame().set_index(["condition", "group"]).iterrows()

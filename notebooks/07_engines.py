@@ -43,6 +43,7 @@ saved = emmech.finetune("smollm2", load_demo_chats(), RUNS / "organism", recipe,
 pair = emmech.load_pair("smollm2", saved[-1], dtype="float32")
 questions = [question.chat for question in load_demo("test", "off-topic")[:N]]
 logits, answers = {}, {}
+pair
 
 # %% [markdown]
 # ## emmech
