@@ -114,10 +114,14 @@ rows = {
 difference = pd.Series(rows, name="largest difference of a logit")
 difference.map("{:.1e}".format).to_frame()
 
+
 # %%
-ends = set(pair.chat.end_ids)
-cut = {name: [[t for t in row if int(t) not in ends] for row in made] for name, made in answers.items()}
-words = {name: [pair.chat.tokenizer.decode(row) for row in rows] for name, rows in cut.items()}
+def until_end(row):
+    at = (place for place, token in enumerate(row) if int(token) in pair.chat.end_ids)
+    return pair.chat.tokenizer.decode(row[: next(at, len(row))])
+
+
+words = {name: [until_end(row) for row in made] for name, made in answers.items()}
 pd.DataFrame(words, index=questions)
 
 # %%
