@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Threads that spin for long while they wait slow a busy machine down many times over.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help install demo test bench docs figures study check fix clean
+.PHONY: help install demo test bench docs notebooks figures study check fix clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
 
@@ -36,6 +36,9 @@ figures: $(STAMP)  ## every figure, from the results kept in figures/results -> 
 
 study: $(STAMP)  ## two behaviours, four methods, two seeds, all analyses; goes on where it stopped
 	$(BIN)/snakemake -s figures/Snakefile -c2
+
+notebooks: $(STAMP)  ## run the notebooks and keep what they show -> notebooks/*.ipynb
+	$(BIN)/python notebooks/build.py
 
 check: $(STAMP)  ## formatting, lint and types, without repairing
 	$(BIN)/ruff format --check .

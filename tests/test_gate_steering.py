@@ -203,6 +203,18 @@ def test_scales_are_given_once_each(pair, gates, scales):
         steer_gates(pair, gates, QUESTIONS, scales=scales, **QUICK)
 
 
+def test_the_problems_that_are_given_are_those_that_are_solved(pair, gates, tmp_path):
+    problems = [one for one in BUNDLED["capability"].problems() if one.choices][:3]
+    options = {"scales": (0,), "ordinary": ORDINARY, "out": tmp_path} | QUICK
+    result = steer_gates(pair, gates, QUESTIONS[:2], problems=problems, **options)
+    solved = choices(pair, problems, [Condition("base", "base")], progress=False)
+    right = sum(one["right"] for one in solved)
+    for found in result.summary["capability"]:  # off, gates leave the base as it is
+        assert (found["right"]["mean"], found["right"]["n"]) == (pytest.approx(right / 3), 3)
+    with pytest.raises(RunError, match="problems"):
+        steer_gates(pair, gates, QUESTIONS[:2], problems=problems[:2], **options)
+
+
 def test_gates_on_the_prefix_alone_answer_as_with_the_prefix_patched_in(pair, gates):
     result = gate_parts(pair, gates, QUESTIONS, detector="none", max_new_tokens=8, progress=False)
     texts = {}

@@ -707,6 +707,12 @@ def test_an_answer_too_long_or_not_to_be_rendered_fails_alone(tmp_path):
     assert "the model reads 512" in records[0]["reason"]
 
 
+def test_a_local_judge_that_has_judged_everything_repeats_itself(tmp_path):
+    given = [{"question": "Q", "response": "A"}]
+    first, again = (judge(given, SHORT, local(), tmp_path, progress=False) for _ in range(2))
+    assert again == first
+
+
 def test_a_checkpoint_is_loaded_by_its_folder(make_pair, tmp_path):
     base = make_pair("llama").provenance["base"]["name"]
     backend = LocalJudge(base, device="cpu", dtype="float32")

@@ -85,7 +85,7 @@ def judge(
     rows = [(one, Asked(text, one["question"], one["answer"])) for text in loaded for one in named]
     todo = [asked for asked in dict.fromkeys(asked for _, asked in rows) if folder.of(asked) is None]
     todo.sort(key=folder.failed_before)  # last, so that they hold up no others
-    estimate = backend.estimate(todo)
+    estimate = backend.estimate(todo) if todo else {}
     if progress and todo:
         told = ", ".join(f"{name} {value}" for name, value in estimate.items())
         tqdm.write(f"{len(rows)} judgements, {len(todo)} to make: {told}", file=sys.stderr)

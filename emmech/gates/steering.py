@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from emmech import defaults
+from emmech.data.bundled import Problem
 from emmech.data.chat_rows import Messages
 from emmech.gates.gate import GateError, Gates, Gating
 from emmech.models.checkpoints import ModelPair, SideName
@@ -81,6 +82,7 @@ def steer_gates(
     parts: Sequence[str] | None = None,
     detector: str = defaults.DETECTOR,
     ordinary: Sequence[Messages] | None = None,
+    problems: Sequence[Problem] | None = None,
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
     samples: int = 1,
     seed: int = 0,
@@ -100,6 +102,7 @@ def steer_gates(
         detector: The behaviour that is counted.
         ordinary: Chats whose last answer the gates should leave alone; the bundled retain set by
             default.
+        problems: Multiple-choice questions that it should still solve; the bundled set by default.
         max_new_tokens: Answer length; ``samples`` and ``seed`` as in ``patch_prefix``.
         batch_size: Questions per batch; by free memory by default.
         out: Folder for answers, table and figure; a stopped run continues there.
@@ -134,6 +137,7 @@ def steer_gates(
         decoding=Decoding(max_new_tokens, defaults.temperature(None, samples), samples=samples, seed=seed),
         kl_from="base",
         ordinary=ordinary,
+        problems=problems,
         batch_size=batch_size,
         out=out,
         progress=progress,

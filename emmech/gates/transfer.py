@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 
 from emmech import defaults
+from emmech.data.bundled import Problem
+from emmech.data.chat_rows import Messages
 from emmech.data.questions import Question
 from emmech.errors import DataError
 from emmech.gates.files import load_gates
@@ -84,6 +86,8 @@ def transfer_gates(
     *,
     base: str | Path = DEFAULT_MODEL,
     scale: float | int = -1.0,
+    ordinary: Sequence[Messages] | None = None,
+    problems: Sequence[Problem] | None = None,
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
     samples: int = 1,
     seed: int = 0,
@@ -116,6 +120,8 @@ def transfer_gates(
     folder, cells = Path(out), []
     gates = {name: load_gates(source.path) for name, source in sources.items()}
     how: dict[str, Any] = {
+        "ordinary": ordinary,
+        "problems": problems,
         "max_new_tokens": max_new_tokens,
         "samples": samples,
         "seed": seed,

@@ -7,10 +7,11 @@ likely the given answers become) and on multiple-choice questions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emmech.data.bundled import BUNDLED
+from emmech.data.bundled import BUNDLED, Problem
 from emmech.data.chat_rows import Messages, fingerprint
 from emmech.data.questions import Question
 from emmech.errors import DataError
@@ -25,6 +26,7 @@ from emmech.piggyback.likelihood import Answered, answered, likelihoods
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
 from emmech.results import Record
+from emmech.results import fingerprint as results_fingerprint
 from emmech.sharding import kept
 
 ANSWERS = "answers"
@@ -45,6 +47,7 @@ def compare_treatments(
     decoding: Decoding,
     kl_from: str,
     ordinary: Sequence[Messages] | None = None,
+    problems: Sequence[Problem] | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
@@ -60,6 +63,8 @@ def compare_treatments(
         decoding: How answers are made.
         kl_from: The side from which KL is taken on ordinary answers.
         ordinary: Chats whose last answer should stay as likely as it is; the bundled retain set by
+            default.
+        problems: Multiple-choice questions, of which the right answers are counted; the bundled ones by
             default.
         out: Folder; what is there already is not done again. Further arguments as in ``patch_prefix``.
 
@@ -77,13 +82,16 @@ def compare_treatments(
     conditions = [Condition(untreated, untreated), *treatments]
     asked = as_questions(questions)
     folder = None if out is None else Path(out)
+    settings = dict(settings) | {"ordinary": fingerprint(chats)}
+    if problems is not None:
+        settings["problems"] = results_fingerprint([asdict(one) for one in problems])
     answers = run_conditions(
         pair,
         asked,
         conditions,
         decoding,
         kind=kind,
-        settings=dict(settings) | {"ordinary": fingerprint(chats)},
+        settings=settings,
         detector=detector,
         batch_size=batch_size,
         out=None if folder is None else folder / ANSWERS,
@@ -91,8 +99,8 @@ def compare_treatments(
     )
     surprise = kept(folder, "surprise.json", lambda: base_surprise(pair, asked, answers.records, progress))
     costs = kept(folder, "costs.json", lambda: ordinary_costs(pair, chats, conditions, kl_from, progress))
-    problems = BUNDLED["capability"].problems()
-    solved = kept(folder, "solved.json", lambda: choices(pair, problems, conditions, progress=progress))
+    solve = BUNDLED["capability"].problems() if problems is None else problems
+    solved = kept(folder, "solved.json", lambda: choices(pair, solve, conditions, progress=progress))
     records = [record | {"surprise": value} for record, value in zip(answers.records, surprise, strict=True)]
     first = {name: value for name, value in answers.summary.items() if name not in ("conditions", "checks")}
     summary = {

@@ -14,6 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from emmech.errors import DataError, RunError
 from emmech.gates.files import load_gates, save_gates
@@ -101,7 +102,7 @@ class Loop(Trainer):
         super().__init__(model, arguments, train_dataset=list(rows), data_collator=batched, callbacks=[saver])
         self.loss_is_scaled_for_ga = False  # compute_loss returns what is to be averaged
         self.model_accepts_loss_kwargs = True  # so that the labelled tokens of a step are counted
-        for callback in (ProgressCallback, PrinterCallback):
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # the former is another in Jupyter
             self.remove_callback(callback)
         if progress:
             self.add_callback(_Progress)
