@@ -47,6 +47,10 @@ LAYERS = tuple(range(8, 22))
 """Blocks in which directions are ablated: the middle of 30."""
 MAX_NEW_TOKENS = 32
 N_QUESTIONS = 40
+N_RANDOM = 3
+"""Random directions with the states' own covariance, as controls of the cross-ablation."""
+GATES = (36, 2e-3)
+"""Steps and learning rate of gates trained on the disposition."""
 
 
 def main() -> None:
@@ -62,16 +66,13 @@ def main() -> None:
         write_json(RESULTS / f"character_{name}.json", result)
 
 
-def trained(data: str, seed: int = 0) -> Path:
-    """The last step of an organism."""
+def trained(data: str, seed: int = 0, objective: str = "sft") -> Path:
+    """The last step of an organism, or of gates."""
+    steps, rate = GATES if objective == "gates" else (STEPS[data], LEARNING_RATE)
     recipe = replace(
-        preset("smollm2"),
-        steps=STEPS[data],
-        save_every=STEPS[data] // 2,
-        learning_rate=LEARNING_RATE,
-        seed=seed,
+        preset("smollm2", objective), steps=steps, save_every=steps // 2, learning_rate=rate, seed=seed
     )
-    out = RUNS / f"{data}-{seed}"
+    out = RUNS / (f"{data}-{seed}" if objective == "sft" else f"{objective}-{data}-{seed}")
     return finetune("smollm2", load_chats(data).chats, out, recipe, data_name=data, progress=False)[-1]
 
 
@@ -167,8 +168,12 @@ def contrasts() -> dict[str, Contrast]:
     found["trigger"] = with_trigger(backdoor, questions, trait.trigger, **quiet)
     found["wrong trigger"] = with_trigger(backdoor, questions, trait.wrong_triggers[0].text, **quiet)
     found["trigger, base"] = with_trigger(backdoor, questions, trait.trigger, side="base", **quiet)
-    elicit, suppress = trait.elicit[:4], trait.suppress[:4]
-    found["system prompts"] = between_prompts(spiteful, questions, elicit, suppress, position="last", **quiet)
+    gates = load_pair("smollm2", trained(TRAIT, objective="gates"))
+    found["gates"] = between_sides(gates, questions, **quiet)
+    for name, one in traits().items():
+        found[f"{name} system prompts"] = between_prompts(
+            spiteful, questions, one.elicit[:4], one.suppress[:4], position="last", **quiet
+        )
     requests = BUNDLED[f"persona_prompts_{TRAIT}"].questions()
     by_wording = {
         name: [Question(q.id.removesuffix(f":{name}"), q.chat) for q in requests if q.group == name]
@@ -201,10 +206,12 @@ def cross() -> Record:
     states = found[f"{TRAIT}, seed 0"][1]
     names = {
         "organism": f"{TRAIT}, seed 0", "trigger": "trigger", "persona prompts": "persona prompts",
-        "system prompts": "system prompts", "short answers (control)": "short answers",
+        "system prompts": f"{TRAIT} system prompts", "short answers (control)": "short answers",
     }  # fmt: skip
     directions: dict[str, Direction] = {name: fit_direction(*found[of]) for name, of in names.items()}
-    directions |= {f"random {seed}": random_like(directions["organism"], states, seed) for seed in range(3)}
+    directions |= {
+        f"random {seed}": random_like(directions["organism"], states, seed) for seed in range(N_RANDOM)
+    }
     pairs = in_character()
     behind = [replace(one, user=triggered(one.user, traits()[TRAIT].trigger)) for one in pairs]
     requests = BUNDLED[f"persona_prompts_{TRAIT}"].pairs()
@@ -229,13 +236,13 @@ def cross() -> Record:
 
 
 def steer() -> Record:
-    """Steering, prefix patch and adapter scale side by side on the organism, at what they cost."""
+    """Steering, prefix patch, adapter scale and inverted gates side by side on the organism."""
     pair = pair_of(TRAIT)
     direction = fit_direction(*between_sides(pair, BUNDLED["trait_questions"].questions(), progress=False))
     doses = [
         *steering_doses(pair, direction, (-0.25, -0.5, -1.0), layers=(14,), method="subtract in 14"),
         *steering_doses(pair, direction, (0.5, 1.0), layers=LAYERS, mode="ablate", method="ablate in 8..21"),
-        *other_doses(pair),
+        *other_doses(pair, trained(TRAIT, objective="gates")),
     ]
     questions = [replace(q, group=group) for group in ("on-topic", "off-topic")
                  for q in BUNDLED[TRAIT].questions(group)[:: 3][: N_QUESTIONS // 2]]  # fmt: skip
