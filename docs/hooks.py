@@ -21,7 +21,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that have another source, and the notebooks to the navigation."""
     results = (ROOT / "figures/README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "results.md", content=results))
-    files.append(File.generated(config, "frontier.png", abs_src_path=str(ROOT / "figures/frontier.png")))
+    for path in sorted((ROOT / "figures/pictures").glob("*.svg")):
+        files.append(File.generated(config, f"pictures/{path.name}", abs_src_path=str(path)))
     files.append(File.generated(config, "reference/cli.md", content=command_line()))
     pages = []
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -39,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links that lead out of `docs` in the repository lead to their pages in the site."""
-    return markdown.replace("../figures/README.md", "results.md").replace("../figures/frontier", "frontier")
+    return markdown.replace("../figures/README.md", "results.md").replace("../figures/pictures", "pictures")
 
 
 def page_of(notebook: Path) -> tuple[str, str, dict[str, bytes]]:

@@ -25,6 +25,7 @@ from figures.pictures import refresh
 HERE = Path(__file__).parent
 BUILT, PICTURES = HERE / "built", HERE / "pictures"
 SHOWN = {
+    "demo": ("demo", 0),
     "narrow_short_answers": ("narrow_short_answers", 0),
     "gates_dose": ("gates_steer", 0),
     "graft_refusal": ("graft_refusal", 0),

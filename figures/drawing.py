@@ -184,8 +184,14 @@ def attributions(results: Results) -> Figures:
 
 
 def riding(results: Results) -> Figures:
-    """The map of each kind of organism, where it is known, and each organism's smallest set of cells."""
+    """What keys and values do, the map of each kind of organism, and each organism's smallest set of cells."""
     (result,) = results.values()
+    halves = [
+        (f"{one['kind']}, seed {one['seed']}", f"all {kv}s", {end: many[n] for end, many in both.items()})
+        for one in result["organisms"]
+        for both in [one["kl"]["single"]["kv"]]
+        for n, kv in enumerate(KV)
+    ]
     maps = {
         kind: see.sweep_map(map_of(result, kind))
         for kind, found in result["pooled"].items()
@@ -196,7 +202,8 @@ def riding(results: Results) -> Figures:
         for one in result["organisms"]
         if "smallest" in one["kl"]
     }
-    return [named(figure, name, both) for both in (maps, sets) for name, figure in both.items()]
+    found = [named(figure, name, both) for both in (maps, sets) for name, figure in both.items()]
+    return [dots(halves, "Effect", "share of the whole prefix's"), *found]
 
 
 def map_of(found: Record, kind: str) -> Record:

@@ -243,10 +243,10 @@ def test_notebooks_that_are_there_are_in_the_navigation(some, tmp_path, monkeypa
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-    for name in ("figures", "notebooks"):
-        (tmp_path / name).mkdir()
+    for name in ("figures/pictures", "notebooks"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "figures/README.md").write_text("# Studies")
-    (tmp_path / "figures/frontier.png").write_bytes(b"")
+    (tmp_path / "figures/pictures/demo.svg").write_bytes(b"")
     if some:
         notebook(tmp_path / "notebooks")
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
@@ -257,7 +257,7 @@ def test_notebooks_that_are_there_are_in_the_navigation(some, tmp_path, monkeypa
     config.plugins._current_plugin = None  # as it is while hooks run
     files = hooks.on_files(Files([]), config)
     found = {file.src_uri for file in files}
-    assert {"results.md", "frontier.png", "reference/cli.md"} <= found
+    assert {"results.md", "pictures/demo.svg", "reference/cli.md"} <= found
     assert ("tutorials/02_ride.md" in found) == some
     tutorials = config.nav[1]["Tutorials"]
     assert tutorials == (

@@ -160,7 +160,7 @@ def test_n_and_the_interval_are_at_the_pointer():
 def test_a_rate_axis_says_so_and_runs_from_0_to_1():
     axis = figures.condition_bars(two_groups()).layout.xaxis
     assert axis.title.text == "refusal rate (0 to 1)"
-    assert tuple(axis.range) == (0, 1)
+    assert tuple(axis.range) == (-0.02, 1.02)
 
 
 def test_a_length_axis_is_in_words():
@@ -269,7 +269,7 @@ def test_layer_axes_say_what_they_count():
     fig = figures.layer_curve(by_layer())
     assert fig.layout.xaxis2.title.text == "patched layer (block, counted from 0)"
     assert fig.layout.yaxis.title.text == "on-topic refusal rate (0 to 1)"
-    assert tuple(fig.layout.yaxis2.range) == (0, 1)
+    assert tuple(fig.layout.yaxis2.range) == (-0.02, 1.02)
 
 
 def test_the_title_names_the_layer_of_the_largest_change_and_how_many_there_were():
@@ -330,4 +330,4 @@ def test_frontier_axes_are_rates_of_their_group():
     layout = figures.frontier(two_groups(frontier=TRAINING)).layout
     assert layout.xaxis.title.text == "on-topic refusal rate (0 to 1)"
     assert layout.yaxis.title.text == "off-topic refusal rate (0 to 1)"
-    assert (tuple(layout.xaxis.range), tuple(layout.yaxis.range)) == ((0, 1), (0, 1))
+    assert (tuple(layout.xaxis.range), tuple(layout.yaxis.range)) == ((-0.02, 1.02), (-0.02, 1.02))

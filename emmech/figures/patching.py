@@ -223,7 +223,7 @@ def metric_axis(summary: Summary) -> dict[str, Any]:
     """Title with the unit, and the range where it is fixed."""
     name = plain(summary["detector"])
     if summary["unit"] == "rate":
-        return {"title": f"{name} rate (0 to 1)", "range": [0, 1]}
+        return {"title": f"{name} rate (0 to 1)", "range": [-0.02, 1.02]}
     return {"title": f"{name} ({summary['unit'] or 'no unit'} per answer)", "rangemode": "tozero"}
 
 
