@@ -184,13 +184,16 @@ def attributions(results: Results) -> Figures:
 
 
 def riding(results: Results) -> Figures:
-    """What keys and values do, the map of each kind of organism, and each organism's smallest set of cells."""
+    """What keys and values do, the map of each kind of organism, and each organism's smallest set."""
     (result,) = results.values()
     halves = [
-        (f"{one['kind']}, seed {one['seed']}", f"all {kv}s", {end: many[n] for end, many in both.items()})
+        (
+            f"{one['kind']}, seed {one['seed']}",
+            f"all {kv}s",
+            column(one["kl"]["single"]["kv"], at, one["kl"]["n"]),
+        )
         for one in result["organisms"]
-        for both in [one["kl"]["single"]["kv"]]
-        for n, kv in enumerate(KV)
+        for at, kv in enumerate(KV)
     ]
     maps = {
         kind: see.sweep_map(map_of(result, kind))
@@ -204,6 +207,11 @@ def riding(results: Results) -> Figures:
     }
     found = [named(figure, name, both) for both in (maps, sets) for name, figure in both.items()]
     return [dots(halves, "Effect", "share of the whole prefix's"), *found]
+
+
+def column(estimates: Record, number: int, n: int) -> Record:
+    """One of several estimates that are kept by column."""
+    return {name: values[number] for name, values in estimates.items()} | {"n": n}
 
 
 def map_of(found: Record, kind: str) -> Record:
