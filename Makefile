@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train a small organism, run the Piggyback test, write runs/de
 	$(BIN)/emmech demo --out runs/demo
 
 test: $(STAMP)  ## all tests; no network
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)  ## speed and memory against other tools -> benchmarks/results.json; NAMES=sweep for one
 	$(BIN)/python -m benchmarks $(NAMES)
