@@ -27,6 +27,7 @@ from emmech.piggyback.scores import find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_kv
 from emmech.piggyback.sweep_result import SweepResult, mean_and_interval, share_and_interval
+from emmech.results import read_json, write_json
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gpt_neox")
 ANSWERS = (
@@ -339,6 +340,14 @@ def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch)
 
 class Stop(BaseException):
     """A kill in the middle."""
+
+
+def test_a_sweep_whose_batches_were_cut_in_another_way_is_refused(make_pair, tmp_path):
+    sweep_kv(make_pair("llama"), PAIRS, out=tmp_path, over=("layer",), progress=False)
+    choices = read_json(tmp_path / "choices.json")
+    write_json(tmp_path / "choices.json", choices | {"batches": "another"})
+    with pytest.raises(PatchError, match=r"was begun by one that cut its batches in another way\. Delete"):
+        sweep_kv(make_pair("llama"), PAIRS, out=tmp_path, over=("layer",), progress=False)
 
 
 def test_a_killed_sweep_goes_on_and_ends_the_same(make_pair, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from emmech.errors import PatchError
 from emmech.models.generation import out_of_memory
 from emmech.piggyback.replay import Replay, Stored
-from emmech.results import RunFolder, append_line, read_lines
+from emmech.results import RunFolder, append_line, fingerprint, read_lines
 from emmech.sharding import Processes, processes
 
 SCORES = "scores.jsonl"
@@ -75,7 +75,7 @@ def score_patches(
         progress: Show cells per second and the time left.
 
     Raises:
-        PatchError: One row does not fit in memory.
+        PatchError: One row does not fit in memory, or another version of emmech began in this folder.
     """
     started = time.monotonic()
     choose = partial(_chosen, processes(), folder)
@@ -116,6 +116,7 @@ class _Stream:
         self.starts, self.runs = np.array(found, dtype=int).reshape(-1, 2).T
         order = shortest(replay).cpu().numpy()
         self.chunks = [order[i : i + budget.items] for i in range(0, len(order), budget.items)]
+        self._refuse_other_batches()
         self.stored = np.zeros((2, len(order)))
         self.scores = np.zeros((len(patches), len(order)))
         self.sizes = {key: n for number in range(len(self.chunks)) for key, n in self._sizes(number)}
@@ -131,6 +132,17 @@ class _Stream:
             dynamic_ncols=True,
         )
         self._rows_done = 0
+
+    def _refuse_other_batches(self) -> None:
+        """Refuse records whose rows another version put in another order."""
+        rows = [part.tolist() for items in self.chunks for batch in self._batches(items) for part in batch]
+        plan = fingerprint(rows)
+        if _chosen(self.ours, self.folder, "batches", lambda: plan) != plan:
+            raise PatchError(
+                "a sweep begun by this version of emmech",
+                f"'{self.folder and self.folder.path}' was begun by one that cut its batches in another way",
+                "Delete that folder, or name another",
+            )
 
     def run(self) -> None:
         """Run the batches of this process, and bring those of all together."""
