@@ -189,7 +189,8 @@ def _leaves(found: Any, path: str) -> Iterator[str]:
     if isinstance(found, dict):
         for key, value in found.items():
             if not {"low", "high"} <= found.keys() or key not in ("low", "high"):
-                yield from _leaves(value, path if key == "mean" else f"{path} / {key}")
+                own = key == "mean" and not isinstance(value, dict)
+                yield from _leaves(value, path if own else f"{path} / {key}")
     elif isinstance(found, list):
         for number, value in enumerate(found):
             yield from _leaves(value, f"{path} / {_told_apart(found, number)}")
