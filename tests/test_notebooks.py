@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from emmech.models.default import embedded_path
+
 ROOT = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(ROOT.glob("[0-9][0-9]_*.py"))
 NAMES = [source.stem for source in SOURCES]
@@ -18,6 +20,7 @@ build = runpy.run_path(str(ROOT / "build.py"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where all notebooks are started; runs lie beside it, and the organism of 01 serves the others."""
+    embedded_path()  # converted here, with its progress bar, where it was not yet
     place = tmp_path_factory.mktemp("checkout") / "notebooks"
     place.mkdir()
     return place
