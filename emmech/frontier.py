@@ -29,8 +29,8 @@ from emmech.piggyback.experiment import (
     run_conditions,
 )
 from emmech.piggyback.patching import Condition
-from emmech.reprs import of_table
-from emmech.results import RUN, SUMMARY, Record, RunFolder, read_json, versions, write_json
+from emmech.results import RUN, SUMMARY, Record, RunFolder, read_json, versions
+from emmech.summarised import Summarised
 from emmech.training.recipes import label
 from emmech.training.saving import saved_steps
 
@@ -42,23 +42,11 @@ FRONTIER = "frontier.json"
 
 
 @dataclass(frozen=True)
-class FrontierResult:
-    """Methods along the frontier; everything that the table and figure show."""
+class FrontierResult(Summarised):
+    """Methods along the frontier: one row per method."""
 
-    summary: Record
-
-    def table(self) -> None:
-        """Print the methods side by side."""
-        from rich.console import Console
-
-        from emmech.report_frontier import frontier_table
-
-        Console().print(frontier_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_frontier import frontier_table
-
-        return of_table(frontier_table(self.summary))
+    FILE = FRONTIER
+    ROWS = "methods"
 
     def figure(self) -> Any:
         """On-topic against off-topic rate, one line per method."""
@@ -66,17 +54,15 @@ class FrontierResult:
 
         return frontier_of_methods(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``frontier.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_frontier import frontier_table
+
+        return frontier_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_frontier import write_frontier
 
-        write_json(Path(folder) / FRONTIER, self.summary)
         return write_frontier(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "FrontierResult":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / FRONTIER))
 
 
 @dataclass(frozen=True)

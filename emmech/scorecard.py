@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from emmech import defaults
@@ -44,11 +43,11 @@ from emmech.piggyback.grafting import GRAFT, graft_side, parse_graft
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.served import Served
-from emmech.reprs import of_table
-from emmech.results import Record, fingerprint, read_json, write_json
+from emmech.results import Record, fingerprint
 from emmech.sharding import kept, processes
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Steer, scaled_adapter
+from emmech.summarised import Summarised
 
 EVALUATION = "evaluation.json"
 ANSWERS, JUDGED = "answers", "judged"
@@ -67,39 +66,20 @@ Value = tuple[str, float | int | None]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All conditions by all metrics."""
+class Evaluation(Summarised):
+    """All conditions by all metrics: one row per metric, group and condition."""
 
-    summary: Record
+    FILE = EVALUATION
 
-    def frame(self) -> pd.DataFrame:
-        """One row per metric, group and condition."""
-        return pd.DataFrame(self.summary["rows"])
-
-    def table(self) -> None:
-        """Print metrics by conditions, with the comparisons."""
-        from rich.console import Console
-
+    def _table(self) -> Any:
         from emmech.report_evaluation import evaluation_table
 
-        Console().print(evaluation_table(self.summary))
+        return evaluation_table(self.summary)
 
-    def _repr_html_(self) -> str:
-        from emmech.report_evaluation import evaluation_table
-
-        return of_table(evaluation_table(self.summary))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``evaluation.json`` and ``report.html``; returns the latter."""
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_evaluation import write_evaluation
 
-        write_json(Path(folder) / EVALUATION, self.summary)
         return write_evaluation(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Evaluation":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / EVALUATION))
 
 
 def with_conditions(

@@ -13,7 +13,7 @@ import emmech
 
 ROOT = Path(emmech.__file__).parent
 ABOVE_CHAT = {"errors", "reprs", "results", "endpoint", "completions", "sharding", "chat"}
-SCIENCE = ABOVE_CHAT | {"models", "data", "evaluation"}
+SCIENCE = ABOVE_CHAT | {"summarised", "models", "data", "evaluation"}
 PAGES = {f"report_{kind}" for kind in ("evaluation", "frontier", "gates", "other", "steering")}
 ALLOWED = {
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "defaults": set(),
     "reprs": set(),
     "results": {"errors"},
+    "summarised": {"reprs", "results"},
     "endpoint": {"errors"},
     "completions": {"errors", "endpoint"},
     "sharding": {"errors", "results"},

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from emmech import defaults
@@ -31,8 +30,8 @@ from emmech.piggyback.experiment import run_conditions
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import as_questions
 from emmech.piggyback.treatments import ANSWERS
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record
+from emmech.summarised import Summarised
 
 PROBE = "probe.json"
 N_SHOWN = 2
@@ -41,27 +40,11 @@ N_SPLITS = 5
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What gates do; everything that the table, the figures and the page show."""
+class Probe(Summarised):
+    """What gates do: one row per layer and part of the chat."""
 
-    summary: Record
-
-    def frame(self) -> pd.DataFrame:
-        """One row per layer and part of the chat."""
-        return pd.DataFrame(self.summary["layers"])
-
-    def table(self) -> None:
-        """Print what the gates do by part of the chat."""
-        from rich.console import Console
-
-        from emmech.report_gates import probe_table
-
-        Console().print(probe_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_gates import probe_table
-
-        return of_table(probe_table(self.summary))
+    FILE = PROBE
+    ROWS = "layers"
 
     def figures(self) -> list[Any]:
         """Activity by layer and part, tokens, and where there are any overlap and readout."""
@@ -69,17 +52,15 @@ class Probe:
 
         return probe_figures(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``probe.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_gates import probe_table
+
+        return probe_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_gates import write_probe
 
-        write_json(Path(folder) / PROBE, self.summary)
         return write_probe(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Probe":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / PROBE))
 
 
 def probe_gates(

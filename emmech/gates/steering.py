@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from emmech import defaults
 from emmech.data.bundled import Problem
 from emmech.data.chat_rows import Messages
@@ -23,35 +21,18 @@ from emmech.models.checkpoints import ModelPair, SideName
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.treatments import compare_treatments
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record
+from emmech.summarised import Summarised
 
 SCALES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 STEERING = "steering.json"
 
 
 @dataclass(frozen=True)
-class Steering:
-    """What each scale does; everything that the table, the figure and the page show."""
+class Steering(Summarised):
+    """What each scale does: one row per scale and group of questions."""
 
-    summary: Record
-
-    def frame(self) -> pd.DataFrame:
-        """One row per scale and group of questions."""
-        return pd.DataFrame(self.summary["rows"])
-
-    def table(self) -> None:
-        """Print scales by groups."""
-        from rich.console import Console
-
-        from emmech.report_gates import steering_table
-
-        Console().print(steering_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_gates import steering_table
-
-        return of_table(steering_table(self.summary))
+    FILE = STEERING
 
     def figure(self) -> Any:
         """Behaviour, coherence and cost against the scale."""
@@ -59,17 +40,15 @@ class Steering:
 
         return dose_response(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``steering.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_gates import steering_table
+
+        return steering_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_gates import write_steering
 
-        write_json(Path(folder) / STEERING, self.summary)
         return write_steering(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Steering":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / STEERING))
 
 
 def steer_gates(

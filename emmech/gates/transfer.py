@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from emmech import defaults
 from emmech.data.bundled import Problem
 from emmech.data.chat_rows import Messages
@@ -22,8 +20,8 @@ from emmech.gates.files import load_gates
 from emmech.gates.steering import steer_gates
 from emmech.models.checkpoints import load_pair
 from emmech.models.default import DEFAULT_MODEL
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record
+from emmech.summarised import Summarised
 
 TRANSFER = "transfer.json"
 BASE = "base"
@@ -39,27 +37,11 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """The matrix; everything that the table, the figure and the page show."""
+class Transfer(Summarised):
+    """The matrix: one row per source, target and group of questions."""
 
-    summary: Record
-
-    def frame(self) -> pd.DataFrame:
-        """One row per source, target and group of questions."""
-        return pd.DataFrame(self.summary["cells"])
-
-    def table(self) -> None:
-        """Print sources by targets."""
-        from rich.console import Console
-
-        from emmech.report_gates import transfer_table
-
-        Console().print(transfer_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_gates import transfer_table
-
-        return of_table(transfer_table(self.summary))
+    FILE = TRANSFER
+    ROWS = "cells"
 
     def figure(self) -> Any:
         """Behaviour before and after, one panel per group."""
@@ -67,17 +49,15 @@ class Transfer:
 
         return transfer_matrix(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``transfer.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_gates import transfer_table
+
+        return transfer_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_gates import write_transfer
 
-        write_json(Path(folder) / TRANSFER, self.summary)
         return write_transfer(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Transfer":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / TRANSFER))
 
 
 def transfer_gates(

@@ -13,18 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError
 from emmech.evaluation.statistics import clustered_mean, paired_comparison
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, versions, write_json
+from emmech.results import Record, versions
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Steer
+from emmech.summarised import Summarised
 
 CROSS = "cross.json"
 
@@ -47,27 +45,10 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class CrossAblation:
-    """Every effect under every ablation; everything that the table and the figure show."""
+class CrossAblation(Summarised):
+    """Every effect under every ablation: one row per effect and ablated direction, none first."""
 
-    summary: Record
-
-    def frame(self) -> pd.DataFrame:
-        """One row per effect and ablated direction, none first."""
-        return pd.DataFrame(self.summary["rows"])
-
-    def table(self) -> None:
-        """Print effects by ablated directions."""
-        from rich.console import Console
-
-        from emmech.report_steering import cross_table
-
-        Console().print(cross_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_steering import cross_table
-
-        return of_table(cross_table(self.summary))
+    FILE = CROSS
 
     def figure(self) -> Any:
         """What is left of each effect, by ablated direction."""
@@ -75,17 +56,15 @@ class CrossAblation:
 
         return cross_matrix(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``cross.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_steering import cross_table
+
+        return cross_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_steering import write_cross
 
-        write_json(Path(folder) / CROSS, self.summary)
         return write_cross(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "CrossAblation":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / CROSS))
 
 
 def cross_ablation(

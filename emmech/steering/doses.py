@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from emmech import defaults
 from emmech.data.bundled import BUNDLED
 from emmech.data.chat_rows import Messages
@@ -24,10 +22,10 @@ from emmech.models.checkpoints import ModelPair, Side
 from emmech.models.generation import Decoding
 from emmech.piggyback.patching import Condition, KVPatch
 from emmech.piggyback.treatments import N_ORDINARY, compare_treatments, ordinary_costs
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record
 from emmech.steering.directions import Direction
 from emmech.steering.steer import Mode, Steer, scaled_adapter
+from emmech.summarised import Summarised
 
 DOSES = "doses.json"
 FINETUNED = "finetuned"
@@ -45,27 +43,10 @@ class Dose:
 
 
 @dataclass(frozen=True)
-class Doses:
-    """What each dose does and costs; everything that the table, the figure and the page show."""
+class Doses(Summarised):
+    """What each dose does and costs: one row per method, dose and group of questions."""
 
-    summary: Record
-
-    def frame(self) -> pd.DataFrame:
-        """One row per method, dose and group of questions."""
-        return pd.DataFrame(self.summary["rows"])
-
-    def table(self) -> None:
-        """Print methods and doses by groups."""
-        from rich.console import Console
-
-        from emmech.report_steering import doses_table
-
-        Console().print(doses_table(self.summary))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_steering import doses_table
-
-        return of_table(doses_table(self.summary))
+    FILE = DOSES
 
     def figure(self) -> Any:
         """Behaviour against cost, one line per method."""
@@ -73,17 +54,15 @@ class Doses:
 
         return methods_at_cost(self.summary)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``doses.json`` and ``report.html``; returns the latter."""
+    def _table(self) -> Any:
+        from emmech.report_steering import doses_table
+
+        return doses_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_steering import write_doses
 
-        write_json(Path(folder) / DOSES, self.summary)
         return write_doses(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Doses":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / DOSES))
 
 
 def compare_doses(

@@ -20,10 +20,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from emmech.errors import DataError
-from emmech.reprs import of_table
-from emmech.results import Record, read_json, versions, write_json
+from emmech.results import Record, versions
 from emmech.steering.directions import lengths_of, mean_cosine, random_halves
 from emmech.steering.states import States
+from emmech.summarised import Summarised
 
 SHARED = "shared.json"
 N_SPLITS = 200
@@ -61,14 +61,18 @@ def shift(positive: States, negative: States) -> Shift:
 
 
 @dataclass(frozen=True)
-class SharedStructure:
-    """Every pair of shifts in every block; all that the table and the figure show."""
+class SharedStructure(Summarised):
+    """Every pair of shifts in every block: one row per block and pair, the cosine with its interval and
+    the 95th percentile of its size under the null.
+    """
 
-    summary: Record
+    FILE = SHARED
 
-    def frame(self) -> pd.DataFrame:
-        """One row per block and pair: cosine with interval, the null's 95th percentile of its size."""
-        return pd.DataFrame(self.summary["rows"])
+    def table(self, layer: int | None = None) -> None:
+        """Print the pairs in one block, the middle one by default."""
+        from rich.console import Console
+
+        Console().print(self._table(layer))
 
     def matrix(self, layer: int) -> pd.DataFrame:
         """Cosines in one block; on the diagonal the reliability of each shift."""
@@ -81,36 +85,21 @@ class SharedStructure:
             found.loc[name, name] = self.summary["shifts"][name]["reliability"][layer]
         return found
 
-    def table(self, layer: int | None = None) -> None:
-        """Print the pairs in one block, the middle one by default."""
-        from rich.console import Console
-
-        from emmech.report_steering import shared_table
-
-        Console().print(shared_table(self.summary, layer))
-
-    def _repr_html_(self) -> str:
-        from emmech.report_steering import shared_table
-
-        return of_table(shared_table(self.summary))
-
     def figure(self, layer: int | None = None) -> Any:
         """The matrix in one block, and the cosines by block."""
         from emmech.figures import shared_matrix
 
         return shared_matrix(self.summary, layer)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``shared.json`` and ``report.html``; returns the latter."""
+    def _table(self, layer: int | None = None) -> Any:
+        from emmech.report_steering import shared_table
+
+        return shared_table(self.summary, layer)
+
+    def _write_page(self, folder: str | Path) -> Path:
         from emmech.report_steering import write_shared
 
-        write_json(Path(folder) / SHARED, self.summary)
         return write_shared(folder, self.summary)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "SharedStructure":
-        """The result in a finished folder."""
-        return cls(read_json(Path(folder) / SHARED))
 
 
 def shared_structure(
