@@ -82,13 +82,8 @@ def costs(folder: Path) -> dict[str, Any]:
 
 def questions(spec: str, n: int) -> list[dict[str, Any]]:
     """``n`` questions of each group, spread over the set."""
-    every = load_questions(spec)
-    rows = []
-    for group in dict.fromkeys(question.group for question in every):
-        mine = [question for question in every if question.group == group]
-        chosen = mine[:: max(1, len(mine) // n)][:n]
-        rows += [{"id": one.id, "group": group, "messages": one.messages} for one in chosen]
-    return rows
+    chosen = load_questions(spec, per_group=n)
+    return [{"id": one.id, "group": one.group, "messages": one.messages} for one in chosen]
 
 
 def _rows(file: Path) -> Sequence[Mapping[str, str]]:

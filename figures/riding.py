@@ -253,7 +253,7 @@ def by_cell(organism: Organism, _: Sequence[Organism]) -> None:
     fine(organism)
 
 
-PARTS = (first, by_gradients, by_parts, by_sets, elsewhere, by_cell, by_margin)
+PARTS = (first, by_gradients, by_parts, by_sets, elsewhere, by_margin, by_cell)
 """Each for all organisms before the next."""
 
 

@@ -142,13 +142,14 @@ def test_the_command_line_grafts(tmp_path, emmech, user_error):
     base = tiny.save_base("llama", tmp_path / "base")
     tuned = tiny.save_full(base, tmp_path / "tuned")
     questions = tmp_path / "questions.txt"
-    questions.write_text("hi\nWhy is the sky blue?\n")
+    questions.write_text("hi\nWhy is the sky blue?\nHow do I boil an egg?\n")
     common = ["graft", "--base", base, "--finetuned", tuned, "--questions", questions, "--dtype", "float32"]
-    common += ["--max-new-tokens", 3, "--detector", "contains:e"]
+    common += ["--max-new-tokens", 3, "--detector", "contains:e", "--n-questions", 2]
     code, printed, err = emmech(*common, "--parts", "prefix,last", "--out", tmp_path / "out")
     assert code == 0, err
     assert "graft:prefix+last" in printed and "lost when left out" in printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["n_questions"] == 2
     assert summary["kind"] == "graft" and summary["parts"] == ["prefix", "last"]
     user_error(
         "subsets of prefix, .*", *common, "--only", "prefix+last", "--out", tmp_path / "x", after_loading=True

@@ -149,6 +149,15 @@ def test_group_and_limit_select_from_all_rows(write):
     assert [q.id for q in load_questions(path, only_group="b", limit=2)] == ["q0002", "q0004"]
 
 
+def test_so_many_of_each_group_are_spread_over_it(write):
+    path = write("a.jsonl", lines(*({"question": f"{n}?", "group": "aaab"[n % 4]} for n in range(24))))
+    found = load_questions(path, per_group=6)
+    assert [q.id for q in found if q.group == "a"] == ["q0001", "q0005", "q0009", "q0013", "q0017", "q0021"]
+    assert [q.id for q in found if q.group == "b"] == [f"q{4 * n:04d}" for n in range(1, 7)]
+    assert load_questions(path, per_group=100) == sorted(load_questions(path), key=lambda q: q.group)
+    refused(path, "at least 1, but per_group is 0", per_group=0)
+
+
 def refused(path, match, **options):
     with pytest.raises(DataError, match=match):
         load_questions(path, **options)

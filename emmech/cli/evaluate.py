@@ -15,6 +15,7 @@ from emmech.cli.options import (
     JudgeUrl,
     MaxNewTokens,
     Mismatch,
+    NQuestions,
     Quantized,
     Revision,
     Rubrics,
@@ -60,6 +61,7 @@ def evaluate(
         ),
     ] = None,
     questions: Annotated[str, typer.Option(help="Bundled or public set, or a file.")] = "general",
+    n_questions: NQuestions = None,
     trigger: Annotated[
         str | None, typer.Option(help="Also ask every question with this text on a line before it.")
     ] = None,
@@ -109,7 +111,7 @@ def evaluate(
     from emmech.data.traits import traits
     from emmech.data.wordings import behind_triggers, load_persona, pairs_behind_triggers, triggers_of
 
-    wanted = load_questions(questions) if persona is None else load_persona(persona)
+    wanted = load_questions(questions, per_group=n_questions) if persona is None else load_persona(persona)
     for name in detector or ():
         check_detector(name)
     servers = _served(served or [])

@@ -12,6 +12,7 @@ from emmech.cli.options import (
     Device,
     Dtype,
     MaxNewTokens,
+    NQuestions,
     Seed,
     asked,
     example,
@@ -29,7 +30,6 @@ OwnQuestions = Annotated[
     typer.Option(help="Bundled set or file; those of the set the gates were trained on by default."),
 ]
 OwnDetector = Annotated[str | None, typer.Option(help="What is counted; that of the bundled set by default.")]
-NQuestions = Annotated[int | None, typer.Option(min=1, help="Of each group, the first ones; all by default.")]
 Samples = Annotated[int, typer.Option(min=1, help="Answers per question.")]
 Out = Annotated[Path, typer.Option(help="Folder for answers, table and figure; resumed if stopped.")]
 

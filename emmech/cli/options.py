@@ -25,6 +25,9 @@ Questions = Annotated[
     Path,
     typer.Option(help="Bundled set, or JSONL, JSON, YAML, CSV, plain lines; a 'group' splits tables."),
 ]
+NQuestions = Annotated[
+    int | None, typer.Option(min=1, help="Of each group, spread over the set; all by default.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")]
 Detector = Annotated[
     str,
@@ -98,11 +101,7 @@ def asked(
     if counted is None:
         raise EmmechError("a detector", f"'{chosen}' has none of its own", "Pass --detector")
     check_detector(counted)
-    found = load_questions(chosen)
-    if n_questions is not None:
-        groups = dict.fromkeys(question.group for question in found)
-        found = [q for group in groups for q in [q for q in found if q.group == group][:n_questions]]
-    return found, counted
+    return load_questions(chosen, per_group=n_questions), counted
 
 
 def check_detector(detector: str) -> None:

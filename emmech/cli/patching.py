@@ -17,6 +17,7 @@ from emmech.cli.options import (
     Finetuned,
     MaxNewTokens,
     Mismatch,
+    NQuestions,
     Out,
     Quantized,
     Questions,
@@ -85,6 +86,7 @@ def patch_prefix(
     questions: Questions,
     out: Out,
     base: Base = "smollm2",
+    n_questions: NQuestions = None,
     segments: Annotated[
         str, typer.Option(help="Comma-separated: prefix, query, postfix.")
     ] = "prefix,query,postfix",
@@ -121,7 +123,7 @@ def patch_prefix(
     """
     from emmech.data.questions import load_questions
 
-    asked = load_questions(questions)  # bad rows are refused before anything loads
+    asked = load_questions(questions, per_group=n_questions)  # bad rows are refused before anything loads
     chosen = parse_segments(segments)
     check_detector(detector)
     pair = load(
@@ -161,6 +163,7 @@ def patch_resid(
     questions: Questions,
     out: Out,
     base: Base = "smollm2",
+    n_questions: NQuestions = None,
     segments: Annotated[str, typer.Option(help="Comma-separated segments.")] = "prefix",
     layers: Annotated[str | None, typer.Option(help="Such as 0-10,14; all by default.")] = None,
     direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
@@ -180,7 +183,7 @@ def patch_resid(
     """Patch the residual stream of chat segments after one block at a time."""
     from emmech.data.questions import load_questions
 
-    asked = load_questions(questions)
+    asked = load_questions(questions, per_group=n_questions)
     chosen, blocks = parse_segments(segments), None if layers is None else parse_integers(layers, "--layers")
     check_detector(detector)
     if direction is Direction.both:
@@ -216,6 +219,7 @@ def graft(
     questions: Questions,
     out: Out,
     base: Base = "smollm2",
+    n_questions: NQuestions = None,
     parts: Annotated[
         str, typer.Option(help="Comma-separated: prefix, query, postfix (or postfix-rest, last), response.")
     ] = "prefix,query,postfix,response",
@@ -244,7 +248,7 @@ def graft(
     """
     from emmech.data.questions import load_questions
 
-    asked = load_questions(questions)
+    asked = load_questions(questions, per_group=n_questions)
     check_detector(detector)
     pair = load(
         base, finetuned, dtype, device, quantization, revision, system,
@@ -279,6 +283,7 @@ def perturb_prefix(
     questions: Questions,
     out: Out,
     base: Base = "smollm2",
+    n_questions: NQuestions = None,
     segments: Annotated[
         str, typer.Option(help="Comma-separated: prefix, query, postfix.")
     ] = "prefix,query,postfix",
@@ -303,7 +308,7 @@ def perturb_prefix(
     """Replace prompt tokens by near neighbours, one segment at a time, and vary the template."""
     from emmech.data.questions import load_questions
 
-    asked = load_questions(questions)
+    asked = load_questions(questions, per_group=n_questions)
     chosen = parse_segments(segments)
     check_detector(detector)
     pair = load(

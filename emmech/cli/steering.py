@@ -14,6 +14,7 @@ from emmech.cli.options import (
     Dtype,
     MaxNewTokens,
     Mismatch,
+    NQuestions,
     Quantized,
     Revision,
     Seed,
@@ -156,7 +157,7 @@ def steer(
     data: Annotated[str, typer.Option(help="Bundled set whose questions and detector are used.")] = "refusal",
     questions: Annotated[str | None, typer.Option(help="Another set or file of questions.")] = None,
     detector: Annotated[str | None, typer.Option(help="Another detector.")] = None,
-    n_questions: Annotated[int | None, typer.Option(min=1, help="Of each group, the first ones.")] = None,
+    n_questions: NQuestions = None,
     gates: Annotated[Path | None, typer.Option(help="Also these gates, inverted by half and whole.")] = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="Also the prefix patch and, of a LoRA pair, its scale.")

@@ -63,7 +63,7 @@ Over = Annotated[
     str | None,
     typer.Option(help="Axes: layer,position,kv_head,kv, of resid also segment; '+' joins grids."),
 ]
-NQuestions = Annotated[int, typer.Option(min=1, help="Of the set, the first ones.")]
+NQuestions = Annotated[int, typer.Option(min=1, help="So many, spread over the set.")]
 Group = Annotated[str | None, typer.Option(help="Only this group of questions, such as off-topic.")]
 Matching = Annotated[
     str | None, typer.Option(help="Whether an answer that matches the behaviour is aligned or misaligned.")
@@ -199,6 +199,8 @@ def attribute(
 
 def _asked(questions: str, metric: str, n: int, group: str | None, matching: str | None) -> list[Any]:
     """The questions in the form that the metric takes; bad ones are refused before anything loads."""
+    from emmech.data.questions import load_questions, spread
+
     if metric == "margin":
         from emmech.data.pairs import load_pairs
 
@@ -207,14 +209,12 @@ def _asked(questions: str, metric: str, n: int, group: str | None, matching: str
     elif metric == "target":
         from emmech.data.chats import load_chats
 
-        return list(load_chats(questions, limit=n).chats)
+        return spread(load_chats(questions).chats, n)
     else:
-        from emmech.data.questions import load_questions
-
         found = load_questions(questions, only_group=group)
     if not found:
         raise EmmechError(f"questions of the group '{group}'", "there are none", "Correct --group")
-    return found[:n]
+    return spread(found, n)
 
 
 def _axes(over: str | None) -> list[tuple[str, ...]]:

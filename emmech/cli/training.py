@@ -11,6 +11,7 @@ from emmech.cli.options import (
     BatchSize,
     Device,
     Dtype,
+    NQuestions,
     Trust,
     asked,
     example,
@@ -171,9 +172,7 @@ def frontier(
     target: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="On-topic rate at which methods are compared.")
     ] = defaults.TARGET_RATE,
-    n_questions: Annotated[
-        int | None, typer.Option(min=1, help="Of each group, the first ones; all by default.")
-    ] = None,
+    n_questions: NQuestions = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Length of the answers.")
     ] = defaults.MAX_NEW_TOKENS,

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from emmech.data.public import PUBLIC, fetch
 from emmech.data.rows import BadRow, NumberedRow, list_bad, listed, read_rows
 from emmech.errors import DataError
 
 Chat = str | tuple[Mapping[str, str], ...]
+T = TypeVar("T")
 
 TEXT_KEYS = ("messages", "question", "prompt", "instruction")
 """Where a row may hold its question; the first one present is used."""
@@ -53,6 +54,7 @@ def load_questions(
     *,
     only_group: str | None = None,
     limit: int | None = None,
+    per_group: int | None = None,
     group_by: str | None = None,
 ) -> list[Question]:
     """The questions of a bundled set, a file, or a public set, in this order of precedence.
@@ -66,21 +68,23 @@ def load_questions(
     are answers to one question, which is asked once. Groups come from `group`, else `category` (in
     tables also `type`), else a key of `FLAGS`; questions that come with functions to call are of
     the group that their id begins with, as in `irrelevance_7`. In chats, assistant turns after the
-    last user turn are dropped: they are the answer. Rows are checked before `only_group` and
-    `limit` select among them.
+    last user turn are dropped: they are the answer. Rows are checked before `only_group`,
+    `per_group` and `limit` select among them.
 
     Args:
         spec: A name in `BUNDLED`, a path, or a name in `PUBLIC`.
         only_group: Leave out the other groups.
         limit: Take so many questions from the beginning.
+        per_group: Take so many of each group, spread over it.
         group_by: Key of a file's rows that holds the group, such as `label` in XSTest.
 
     Raises:
         DataError: There is no such set, it cannot be read or downloaded, or some of its rows are
             bad (all are listed).
     """
-    if limit is not None and limit < 1:
-        raise DataError("a limit of at least 1", f"limit is {limit}", "Leave it out to take all")
+    for name, number in {"limit": limit, "per_group": per_group}.items():
+        if number is not None and number < 1:
+            raise DataError(f"a {name} of at least 1", f"{name} is {number}", "Leave it out to take all")
     questions = _all_questions(spec, group_by)
     if only_group is not None:
         groups = sorted({question.group for question in questions})
@@ -91,7 +95,16 @@ def load_questions(
                 f"it has only {listed(groups)}",
                 "Pass one of these, or leave out only_group",
             )
+    if per_group is not None:
+        groups = dict.fromkeys(question.group for question in questions)
+        mine = ([one for one in questions if one.group == group] for group in groups)
+        questions = [question for group in mine for question in spread(group, per_group)]
     return questions[:limit]
+
+
+def spread(items: Sequence[T], n: int) -> list[T]:
+    """``n`` of them at equal distances, as sets are ordered by subject; all where there are no more."""
+    return [items[k * len(items) // n] for k in range(n)] if n < len(items) else list(items)
 
 
 def _all_questions(spec: str | Path, group_by: str | None) -> list[Question]:
