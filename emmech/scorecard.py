@@ -33,8 +33,9 @@ from emmech.evaluation.statistics import (
 )
 from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
-from emmech.models.checkpoints import Intervention, ModelPair
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.models.sides import Intervention
 from emmech.number_lists import parse_integers
 from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices
