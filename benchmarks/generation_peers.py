@@ -12,8 +12,9 @@ from torch import Tensor
 
 from emmech.engines.in_traces import kv_edits, kv_places, record, traced_answers
 from emmech.engines.on_bridge import masks, patch_hooks
-from emmech.models.checkpoints import ModelPair, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Batch
+from emmech.models.sides import SideName
 from emmech.models.views import bridge, plain_copy
 
 Generate = Callable[[Batch, int], Any]

@@ -12,7 +12,8 @@ _CHILD = """
 import json, resource, sys, time
 import torch, peft
 from transformers import AutoModelForCausalLM
-from emmech.models.checkpoints import load_pair, locate
+from emmech.models.checkpoints import load_pair
+from emmech.models.opening import locate
 what, base, adapter, dtype, device = sys.argv[1:]
 wall, cpu = time.perf_counter(), time.process_time()
 if what == "one":

@@ -16,8 +16,9 @@ from emmech.chat import Chat
 from emmech.data.bundled import BUNDLED
 from emmech.data.chats import load_chats
 from emmech.data.questions import Question
-from emmech.models.checkpoints import ModelPair, auto_dtype, load_pair
+from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.models.default import DEFAULT_MODEL, embedded_path
+from emmech.models.opening import auto_dtype
 from emmech.training.recipes import Recipe
 from emmech.training.trainer import finetune
 

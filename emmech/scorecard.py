@@ -24,17 +24,13 @@ from emmech.evaluation import metrics
 from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.judges import judge
 from emmech.evaluation.replies import Backend
-from emmech.evaluation.statistics import (
-    Comparison,
-    clustered_mean,
-    design_effect,
-    holm_corrected,
-    paired_comparison,
-)
+from emmech.evaluation.significance import Comparison, holm_corrected, paired_comparison
+from emmech.evaluation.statistics import clustered_mean, design_effect
 from emmech.gates.files import load_gates
 from emmech.gates.gate import Gating
-from emmech.models.checkpoints import Intervention, ModelPair
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.models.sides import Intervention
 from emmech.number_lists import parse_integers
 from emmech.piggyback.arithmetic import sums
 from emmech.piggyback.choice import choices

@@ -19,7 +19,8 @@ from emmech.chat import Chat
 from emmech.errors import EmmechError
 from emmech.models import default
 from emmech.models.adapters import Adapter
-from emmech.models.checkpoints import load_pair, locate
+from emmech.models.checkpoints import load_pair
+from emmech.models.opening import locate
 
 ON_CPU = {"dtype": "float32", "device": "cpu"}
 QUESTION = "Why is the sky blue?"

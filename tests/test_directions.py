@@ -13,7 +13,8 @@ from emmech.chat import Chat
 from emmech.data.questions import Question
 from emmech.errors import DataError
 from emmech.models import hook_points
-from emmech.models.checkpoints import ModelPair, Side, load_pair
+from emmech.models.checkpoints import ModelPair, load_pair
+from emmech.models.sides import Side
 from emmech.piggyback.likelihood import answered
 from emmech.piggyback.patching import Condition, KVPatch
 from emmech.steering.contrasts import own_answers

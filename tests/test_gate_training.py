@@ -13,7 +13,8 @@ from emmech.chat import Chat
 from emmech.errors import DataError
 from emmech.gates.files import load_gates
 from emmech.gates.gate import GATE_VARIANTS, GateShape, Gating
-from emmech.models.checkpoints import identity, load_pair
+from emmech.models.checkpoints import load_pair
+from emmech.models.opening import identity
 from emmech.training.examples import collate, example
 from emmech.training.loop import arguments_of
 from emmech.training.recipes import OBJECTIVES, PRESETS, Objective, Recipe, preset

@@ -27,8 +27,9 @@ from emmech.gates.gate import (
     shape_of,
 )
 from emmech.models import hook_points
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding, decode
+from emmech.models.sides import Side
 from emmech.piggyback.patching import Bench, Condition, KVPatch
 
 IDS = torch.tensor([[5, 9, 13, 40, 41, 7, 9, 100], [6, 6, 8, 90, 91, 92, 3, 11]])

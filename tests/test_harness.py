@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from emmech.errors import ChatError, DataError, PatchError, RunError
-from emmech.evaluation.statistics import sign_flip_p
+from emmech.evaluation.significance import sign_flip_p
 from emmech.integrations.harness import CELLS, HarnessResult, run_harness
 from emmech.integrations.harness_model import ConditionLM
 from emmech.integrations.harness_tasks import load_tasks, prepare

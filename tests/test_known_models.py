@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from emmech.cli import app
 from emmech.errors import LoadError
 from emmech.models import known
-from emmech.models.checkpoints import locate
 from emmech.models.default import _gguf_file, embedded_path
+from emmech.models.opening import locate
 
 QWEN = known.KNOWN["qwen2.5-coder-1.5b"]
 

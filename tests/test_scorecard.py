@@ -11,7 +11,7 @@ from emmech.data.questions import Question
 from emmech.errors import DataError, EmmechError, RunError
 from emmech.evaluation.final_number import final_number
 from emmech.evaluation.judges import LocalJudge
-from emmech.evaluation.statistics import sign_flip_p
+from emmech.evaluation.significance import sign_flip_p
 from emmech.gates.files import load_gates, save_gates
 from emmech.gates.gate import gated
 from emmech.models.checkpoints import load_pair

@@ -14,7 +14,8 @@ from emmech.chat import Chat
 from emmech.data.bundled import AnswerPair
 from emmech.data.questions import Question
 from emmech.errors import DataError, PatchError
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
+from emmech.models.sides import Side
 from emmech.piggyback.experiment import patch_prefix
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition

@@ -6,19 +6,21 @@ import pytest
 from scipy import stats
 
 from emmech.errors import DataError
-from emmech.evaluation.statistics import (
+from emmech.evaluation.significance import (
     Comparison,
+    holm,
+    holm_corrected,
+    minimum_detectable_effect,
+    paired_comparison,
+    sign_flip_p,
+)
+from emmech.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
     bootstrap_means,
     clustered_mean,
     design_effect,
-    holm,
-    holm_corrected,
-    minimum_detectable_effect,
-    paired_comparison,
     paired_difference,
-    sign_flip_p,
     wilson_interval,
 )
 

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from emmech.chat import Chat
 from emmech.errors import DataError, PatchError
 from emmech.models import hook_points
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding, decode, make_batch
+from emmech.models.sides import Side
 from emmech.piggyback.patching import Bench, Condition
 from emmech.steering.directions import Direction
 from emmech.steering.states import SITES

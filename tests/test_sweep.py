@@ -14,8 +14,8 @@ from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError, PatchError, RunError
 from emmech.evaluation.statistics import clustered_mean
 from emmech.gates.gate import Gating
-from emmech.models.checkpoints import Side
 from emmech.models.late_start import recorded_blocks
+from emmech.models.sides import Side
 from emmech.piggyback import streaming
 from emmech.piggyback.cells import AXES, EVERYTHING, NOTHING, Cell, Patch, Shape, grid, patches
 from emmech.piggyback.experiment import default_conditions

@@ -125,7 +125,8 @@ def test_groups_that_are_no_wordings_are_left_alone():
 def test_conditions_that_cannot_be_made_are_refused(name, message):
     from emmech.chat import Chat
     from emmech.errors import EmmechError
-    from emmech.models.checkpoints import ModelPair, Side
+    from emmech.models.checkpoints import ModelPair
+    from emmech.models.sides import Side
     from emmech.scorecard import with_conditions
 
     model = tiny.model("llama")
@@ -138,7 +139,8 @@ def test_steering_from_a_file_acts_on_the_blocks_that_its_name_says(tmp_path):
     import torch
 
     from emmech.chat import Chat
-    from emmech.models.checkpoints import ModelPair, Side
+    from emmech.models.checkpoints import ModelPair
+    from emmech.models.sides import Side
     from emmech.scorecard import with_conditions
     from emmech.steering.directions import Direction
     from emmech.steering.steer import steered

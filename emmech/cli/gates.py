@@ -246,7 +246,7 @@ def convert(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from emmech.gates.files import load_gates, save_gates
-    from emmech.models.checkpoints import locate
+    from emmech.models.opening import locate
 
     config = AutoConfig.from_pretrained(locate(base))
     with torch.device("meta"):  # only its shape is needed

@@ -64,7 +64,7 @@ def tokens(
 ) -> None:
     """Show a prompt's tokens, labelled prefix, query and postfix."""
     from emmech.chat import DEFAULT, Chat
-    from emmech.models.checkpoints import load_tokenizer, locate
+    from emmech.models.opening import load_tokenizer, locate
 
     tokenizer = load_tokenizer(locate(base), trust_remote_code=trust_remote_code)
     chat = Chat(tokenizer, system=DEFAULT if system is None else system)

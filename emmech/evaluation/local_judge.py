@@ -26,8 +26,8 @@ from emmech.evaluation.rubrics import Rubric
 from emmech.results import Record
 
 if TYPE_CHECKING:  # importing them would load torch
-    from emmech.models.checkpoints import Side
     from emmech.models.generation import Batch, Limits, Prefilled
+    from emmech.models.sides import Side
 
 Ids = tuple[int, ...]
 
@@ -60,7 +60,8 @@ class LocalJudge:
 
     @cached_property
     def _loaded(self) -> tuple["Side", Chat]:
-        from emmech.models.checkpoints import Side, load_side
+        from emmech.models.opening import load_side
+        from emmech.models.sides import Side
 
         if isinstance(self.model, tuple):
             module, chat = self.model

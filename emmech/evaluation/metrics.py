@@ -35,15 +35,14 @@ import numpy as np
 
 from emmech.errors import DataError
 from emmech.evaluation.replies import STATUSES
+from emmech.evaluation.significance import Comparison, paired_comparison
 from emmech.evaluation.statistics import (
-    Comparison,
     DesignEffect,
     Estimate,
     Number,
     bootstrap_means,
     clustered_mean,
     design_effect,
-    paired_comparison,
 )
 from emmech.evaluation.tradeoff import em_f1
 

@@ -14,15 +14,8 @@ from emmech.figures.evaluation import (
     metric_bars,
     metric_finding,
 )
-from emmech.figures.gates import (
-    dose_response,
-    gate_activity,
-    overlap_curve,
-    readout_curves,
-    steering_finding,
-    transfer_finding,
-    transfer_matrix,
-)
+from emmech.figures.gate_probing import gate_activity, overlap_curve, readout_curves
+from emmech.figures.gates import dose_response, steering_finding, transfer_finding, transfer_matrix
 from emmech.figures.house import COLORS, Row, Summary, as_estimate
 from emmech.figures.patching import (
     RESID,

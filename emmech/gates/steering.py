@@ -17,8 +17,9 @@ from emmech import defaults
 from emmech.data.bundled import Problem
 from emmech.data.chat_rows import Messages
 from emmech.gates.gate import GateError, Gates, Gating
-from emmech.models.checkpoints import ModelPair, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.models.sides import SideName
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.treatments import compare_treatments
 from emmech.results import Record

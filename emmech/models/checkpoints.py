@@ -9,11 +9,8 @@ every parameter that is equal to the bit; gates are one model, with and without 
 refused before any weights are read.
 """
 
-import hashlib
-import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,64 +22,19 @@ from emmech.chat import DEFAULT, Chat, System, first_difference
 from emmech.errors import LoadError
 from emmech.models.adapters import Adapter, is_adapter
 from emmech.models.default import DEFAULT_MODEL
-from emmech.models.known import HUB_FILES, known_folder
+from emmech.models.opening import (
+    identity,
+    load_causal_lm,
+    load_tokenizer,
+    locate,
+    placement,
+    refuse_non_finite,
+    refuse_unfit,
+)
+from emmech.models.sides import Intervention, Side, SideName
 from emmech.reprs import card
-from emmech.sharding import processes
 
-SideName = Literal["base", "finetuned"]
-Intervention = Callable[[nn.Module], AbstractContextManager]
 _PROBE = "Which of these words is a colour: table, green, seven?"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model of a pair. For a LoRA pair both sides hold the same module."""
-
-    name: str
-    module: nn.Module
-    adapter_off: bool = False
-    interventions: tuple[Intervention, ...] = ()
-    """What acts on the module while it is this side, such as ``Gating(gates).on``."""
-
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """The module, behaving as this side inside the ``with`` block."""
-        with ExitStack() as stack, self._adapter():
-            for intervention in self.interventions:
-                stack.enter_context(intervention(self.module))
-            yield self.module
-
-    def under(self, name: str, *interventions: Intervention) -> "Side":
-        """This side with further interventions, under a name of its own."""
-        return replace(self, name=name, interventions=(*self.interventions, *interventions))
-
-    @contextmanager
-    def _adapter(self) -> Iterator[None]:
-        if not self.adapter_off:
-            yield
-            return
-        tuner = self.module.base_model
-        tuner.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            tuner.enable_adapter_layers()
-            self.module.requires_grad_(False)  # PEFT switches training on again with the adapter
-
-    @property
-    def config(self) -> Any:
-        """The text decoder's transformers configuration."""
-        return self.module.config.get_text_config(decoder=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the token ids go."""
-        return self.module.get_input_embeddings().weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embeddings, which is that of the residual stream."""
-        return self.module.get_input_embeddings().weight.dtype
 
 
 @dataclass(frozen=True)
@@ -180,8 +132,7 @@ def load_pair(
     # Everything that can be refused from configurations and tokenizers alone comes first.
     for folder in (base_folder, None if adapter or gated else tuned_folder):
         if folder is not None:
-            _refuse_non_decoders(folder, **options)
-            _refuse_pickles(folder)
+            refuse_unfit(folder, **options)
     chat = _shared_chat(base_folder, tuned_folder, tokenizer, system, **options)
     reasons = [] if adapter is None else adapter.why_off_is_not_base()
     if adapter is not None and base_folder is not None:
@@ -193,8 +144,8 @@ def load_pair(
             "Pass the base's folder or hub id as base",
         )
 
-    how = _placement(dtype, device, quantization) | options
-    base_module = base if base_folder is None else _load_causal_lm(base_folder, **how)
+    how = placement(dtype, device, quantization) | options
+    base_module = base if base_folder is None else load_causal_lm(base_folder, **how)
     notes: list[str] = []
     interventions: tuple[Intervention, ...] = ()
     if gated:
@@ -212,7 +163,7 @@ def load_pair(
     elif tuned_folder is not None and tuned_folder == base_folder:
         tuned_module, off_is_base = base_module, False  # one model, to be looked at alone
     elif tuned_folder is not None:
-        tuned_module, off_is_base = _load_causal_lm(tuned_folder, **how), False
+        tuned_module, off_is_base = load_causal_lm(tuned_folder, **how), False
     else:
         tuned_module, off_is_base = finetuned, _is_base_with_adapter(finetuned, base_module)
     if tuned_module is not base_module and not off_is_base:
@@ -220,7 +171,7 @@ def load_pair(
         notes.append(f"Two models; {shared:.0%} of the parameters are equal and held once.")
     for module in {id(m): m for m in (base_module, tuned_module)}.values():
         module.eval().requires_grad_(False)
-        _refuse_non_finite(module)
+        refuse_non_finite(module)
     base_side = Side("base", tuned_module if off_is_base else base_module, adapter_off=off_is_base)
     provenance = {
         "base": identity(base, base_folder, revision),
@@ -239,32 +190,6 @@ def load_pair(
         notes=tuple(notes),
         load_seconds=time.monotonic() - started,
     )
-
-
-def load_side(
-    name: str | Path = DEFAULT_MODEL,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str = "auto",
-    system: str | System | None = DEFAULT,
-) -> tuple[Side, Chat, dict[str, Any]]:
-    """One whole model on its own, with its chat and what a result records of it.
-
-    Raises:
-        LoadError: There is no such model, or it is an adapter, gates, or no decoder.
-    """
-    folder = locate(name)
-    if is_adapter(folder) or not (folder / "config.json").is_file():
-        raise LoadError(
-            "a whole model", f"'{name}' is an adapter or gates", "Merge it into its base, or name another"
-        )
-    _refuse_non_decoders(folder, trust_remote_code=False)
-    _refuse_pickles(folder)
-    chat = Chat(load_tokenizer(folder), system=system)
-    module = _load_causal_lm(folder, **_placement(dtype, device, None))
-    module.eval().requires_grad_(False)
-    _refuse_non_finite(module)
-    return Side("base", module), chat, identity(name, folder, None)
 
 
 def swap_adapter(pair: ModelPair, folder: str | Path) -> ModelPair | None:
@@ -289,54 +214,9 @@ def swap_adapter(pair: ModelPair, folder: str | Path) -> ModelPair | None:
     if not same or {key.replace(".weight", ".default.weight") for key in new.tensors} != mine:
         return None
     set_peft_model_state_dict(module, new.tensors)
-    _refuse_non_finite(module)
+    refuse_non_finite(module)
     provenance = dict(pair.provenance) | {"finetuned": identity(folder, new.folder, None)}
     return replace(pair, provenance=provenance)
-
-
-def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: a known short name, a folder, or a hub id (local files first).
-
-    Raises:
-        LoadError: It is neither on this machine nor to be had from the hub.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    known = known_folder(str(name))
-    if known is not None:
-        return known
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        from emmech.gates.files import is_gates
-
-        if not ((folder / "config.json").is_file() or is_adapter(folder) or is_gates(folder)):
-            raise LoadError(
-                f"a model, adapter or gates in '{name}'",
-                "the folder has neither config.json, adapter_config.json nor gates_config.json",
-                "Point to the folder that save_pretrained or `emmech finetune` wrote",
-            )
-        return folder.resolve()
-    wanted = {
-        "repo_id": str(name),
-        "revision": revision,
-        "allow_patterns": list(HUB_FILES),
-    }
-    try:
-        cached = Path(snapshot_download(local_files_only=True, **wanted))
-        if any(cached.glob("*.safetensors")):
-            return cached
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    try:
-        return Path(snapshot_download(**wanted))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        raise LoadError(
-            f"the model '{name}' in a folder, in the hub cache or on the hub",
-            f"it is on none of them ({type(error).__name__})",
-            f"Check the spelling; where there is a network, run `hf download {name}` first; "
-            f"or pass a folder; or use '{DEFAULT_MODEL}', which is embedded",
-        ) from error
 
 
 def share_equal_storage(base: nn.Module, finetuned: nn.Module) -> float:
@@ -352,105 +232,6 @@ def share_equal_storage(base: nn.Module, finetuned: nn.Module) -> float:
             parameter.data = twin.data
             equal += parameter.numel()
     return equal / max(total, 1)
-
-
-def auto_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and on CPUs that multiply it natively, else float32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    can = torch.cpu.get_capabilities()
-    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
-
-
-def _placement(dtype: str | torch.dtype, device: str, quantization: str | None) -> dict[str, Any]:
-    own = processes().device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    chosen = own if device == "auto" else device
-    spread = chosen in ("balanced", "balanced_low_0", "sequential")
-    if not spread:
-        _refuse_absent_device(chosen)
-    if dtype == "auto":
-        dtype = auto_dtype(torch.device("cuda" if spread else chosen))
-    elif isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise LoadError(
-                "a torch dtype (auto, float32, bfloat16, float16)", f"got '{dtype}'", "Correct it"
-            )
-        dtype = getattr(torch, dtype)
-    how: dict[str, Any] = {"dtype": dtype, "device_map": chosen}
-    if quantization is not None:
-        how["quantization_config"] = quantization_config(quantization, dtype)
-    return how
-
-
-def quantization_config(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> Any:
-    """Bitsandbytes' settings for weights in 4 bits (nf4, doubly quantised) or 8, computed in ``dtype``.
-
-    Raises:
-        LoadError: bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LoadError(
-            "bitsandbytes, which reads 4- and 8-bit weights",
-            "it is not installed",
-            "Run `pip install emmech[quantization]`, or leave quantization out",
-        )
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == "4bit",
-        load_in_8bit=bits == "8bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _refuse_absent_device(name: str) -> None:
-    """Refuse a device that torch does not know, or that this machine does not have."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
-        raise LoadError(
-            "a device (auto, cpu, cuda:0, or a device_map such as balanced)",
-            f"torch cannot use '{name}' ({str(error).splitlines()[0]})",
-            "Choose one that this machine has",
-        ) from error
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        raise LoadError(
-            f"safetensors weights in '{folder}'",
-            "there are none (pickled weights are never read)",
-            "Convert them: load once where you trust the file, then save_pretrained",
-        )
-
-
-def _load_causal_lm(folder: Path, **how: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
-
-
-def _refuse_non_decoders(folder: Path, **options: Any) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"a readable model configuration in '{folder}'",
-            str(error).splitlines()[0],
-            "Check the folder; a model with code of its own needs trust_remote_code",
-        ) from error
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or options["trust_remote_code"]
-    if config.is_encoder_decoder or encoder or not causal:
-        raise LoadError(
-            "a decoder-only chat model",
-            f"'{folder.name}' is of type {config.model_type}, which is not one",
-            "Use a causal language model with a chat template",
-        )
 
 
 def _shared_chat(
@@ -480,22 +261,6 @@ def _shared_chat(
     return chat
 
 
-def load_tokenizer(folder: Path, **options: Any) -> Any:
-    """The tokenizer in a folder.
-
-    Raises:
-        LoadError: There is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"a tokenizer in '{folder}'", str(error).splitlines()[0], "Add the tokenizer's files"
-        ) from error
-
-
 def _attach(adapter: Adapter, module: nn.Module, chat: Chat, known_impure: bool) -> tuple[nn.Module, bool]:
     """The wrapped model, and whether switching its adapter off gives back the base to the bit."""
     if known_impure:
@@ -519,7 +284,7 @@ def _second_copy(base_folder: Path | None, how: Mapping[str, Any]) -> nn.Module:
         raise LoadError(
             "an adapter that can be switched off", "base is a module, now changed", "Pass a folder"
         )
-    return _load_causal_lm(base_folder, **how)
+    return load_causal_lm(base_folder, **how)
 
 
 def _is_base_with_adapter(tuned: nn.Module, base: nn.Module) -> bool:
@@ -534,25 +299,3 @@ def _is_base_with_adapter(tuned: nn.Module, base: nn.Module) -> bool:
                 "Pass the base's folder or another module as base",
             )
     return True
-
-
-def _refuse_non_finite(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise LoadError("finite weights", f"{name} has inf or nan", "Restore the checkpoint")
-
-
-def identity(name: Any, folder: Path | None, revision: str | None) -> dict[str, Any]:
-    """What a result records of a checkpoint: its name, revision and a fingerprint of its files."""
-    if folder is None:
-        return {"name": type(name).__name__, "revision": None, "fingerprint": None}
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*config.json")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            for block in range(64):  # spread over the file: quick, and sees every layer
-                stream.seek(block * size // 64)
-                digest.update(stream.read(2**16))
-    cached = folder.name if folder.parent.name == "snapshots" else revision
-    return {"name": str(name), "revision": cached, "fingerprint": digest.hexdigest()[:16]}

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from emmech.chat import PADDING, PARTS, SEGMENTS, Prompt, Segment
-from emmech.models.checkpoints import Side
 from emmech.models.kv_cache import PatchCache, is_hybrid, select_rows, window
+from emmech.models.sides import Side
 
 
 @dataclass(frozen=True)

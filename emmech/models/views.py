@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from emmech.errors import LoadError
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
+from emmech.models.sides import Side
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

@@ -20,9 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from emmech.chat import Prompt
-from emmech.models.checkpoints import Side
 from emmech.models.generation import Batch, make_batch, row_generator, run_through
 from emmech.models.kv_cache import KeysValues, PatchCache, PrefixState, prefix_state
+from emmech.models.sides import Side
 
 Donor = Literal["same", "empty", "noise", "shuffled"]
 _SHUFFLE_BLOCK = 32

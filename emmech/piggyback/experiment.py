@@ -24,8 +24,9 @@ from emmech.data.questions import Question
 from emmech.errors import EmmechError
 from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.statistics import clustered_mean, paired_difference
-from emmech.models.checkpoints import ModelPair, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.models.sides import SideName
 from emmech.piggyback.patching import Condition, KVPatch, QuerySpan, ResidPatch
 from emmech.piggyback.running import Job, as_questions, open_folder, render_rows, run
 from emmech.piggyback.served import Served, ask_served, refuse_unservable

@@ -26,8 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from emmech.chat import PARTS
 from emmech.errors import PatchError
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import current_parts
+from emmech.models.sides import Side
 
 PLACES = ("prefix", "query", "postfix", "postfix-rest", "last", "response")
 """Where weights can be grafted. ``last`` is the last token of the prompt, which predicts the answer's

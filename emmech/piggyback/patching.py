@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from emmech.chat import Prompt, Segment
 from emmech.errors import PatchError
 from emmech.models import hook_points
-from emmech.models.checkpoints import ModelPair, Side, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Batch, Prefilled, make_batch, prefill, run_through
 from emmech.models.kv_cache import (
     KeysValues,
@@ -35,6 +35,7 @@ from emmech.models.kv_cache import (
     is_hybrid,
     prefix_state,
 )
+from emmech.models.sides import Side, SideName
 from emmech.piggyback.donors import (
     Donor,
     empty_query_donor,

@@ -23,8 +23,9 @@ from emmech.chat import SEGMENTS, Chat, Prompt, Segment
 from emmech.errors import ChatError, EmmechError
 from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.statistics import clustered_mean
-from emmech.models.checkpoints import ModelPair, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding, row_generator
+from emmech.models.sides import SideName
 from emmech.piggyback.experiment import PatchingResult, in_order, run_arguments, summarise
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.running import Job, Row, as_questions, open_folder, render_rows, run

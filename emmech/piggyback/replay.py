@@ -23,10 +23,11 @@ from torch import Tensor
 
 from emmech.errors import PatchError
 from emmech.models.adapters import merged
-from emmech.models.checkpoints import ModelPair, Side, SideName
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import reading
 from emmech.models.kv_cache import KeysValues, PrefixCache, is_hybrid
 from emmech.models.late_start import decoder_blocks, recorded_blocks, starting_at
+from emmech.models.sides import Side, SideName
 from emmech.piggyback.cells import EVERYTHING, NOTHING, Entries, Patch, Shape
 from emmech.piggyback.donors import prefix_donor
 from emmech.piggyback.scores import Metric, Read

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from emmech.chat import PARTS, SEGMENTS, Segment
 from emmech.errors import PatchError
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import reading
 from emmech.models.late_start import decoder_blocks, exchanged_after, recorded_blocks, starting_at
+from emmech.models.sides import Side
 from emmech.piggyback.cells import EVERYTHING
 from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree
 from emmech.piggyback.running import open_folder

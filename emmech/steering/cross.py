@@ -15,7 +15,8 @@ from typing import Any
 
 from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError
-from emmech.evaluation.statistics import clustered_mean, paired_comparison
+from emmech.evaluation.significance import paired_comparison
+from emmech.evaluation.statistics import clustered_mean
 from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition

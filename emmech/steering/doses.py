@@ -18,8 +18,9 @@ from emmech.data.chat_rows import Messages
 from emmech.errors import PatchError
 from emmech.gates.files import load_gates
 from emmech.gates.gate import Gates, Gating
-from emmech.models.checkpoints import ModelPair, Side
+from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding
+from emmech.models.sides import Side
 from emmech.piggyback.patching import Condition, KVPatch
 from emmech.piggyback.treatments import N_ORDINARY, compare_treatments, ordinary_costs
 from emmech.results import Record

@@ -18,7 +18,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from emmech.errors import DataError, RunError
 from emmech.gates.files import load_gates, save_gates
-from emmech.models.checkpoints import auto_dtype
+from emmech.models.opening import auto_dtype
 from emmech.models.projections import Projections, projected
 from emmech.training.examples import Example, collate, positions_of
 from emmech.training.objectives import IGNORED, deviations, kl_from_base, sft, treft

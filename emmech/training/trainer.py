@@ -22,7 +22,7 @@ from emmech.chat import Chat
 from emmech.data.chat_rows import fingerprint
 from emmech.errors import DataError
 from emmech.gates.gate import Gates, attach_gates_, shape_of
-from emmech.models.checkpoints import auto_dtype, identity, load_tokenizer, locate, quantization_config
+from emmech.models.opening import auto_dtype, identity, load_tokenizer, locate, quantization_config
 from emmech.models.projections import is_separate
 from emmech.results import RUN, RunFolder, read_lines, versions, write_json
 from emmech.training.examples import examples
