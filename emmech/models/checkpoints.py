@@ -169,9 +169,9 @@ def load_pair(
     if tuned_module is not base_module and not off_is_base:
         shared = share_equal_storage(base_module, tuned_module)
         notes.append(f"Two models; {shared:.0%} of the parameters are equal and held once.")
-    for module in {id(m): m for m in (base_module, tuned_module)}.values():
+    for module in (base_module, tuned_module):
         module.eval().requires_grad_(False)
-        refuse_non_finite(module)
+    refuse_non_finite(base_module, tuned_module)
     base_side = Side("base", tuned_module if off_is_base else base_module, adapter_off=off_is_base)
     provenance = {
         "base": identity(base, base_folder, revision),

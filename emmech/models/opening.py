@@ -156,14 +156,22 @@ def load_causal_lm(folder: Path, **how: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
 
 
-def refuse_non_finite(module: nn.Module) -> None:
+def refuse_non_finite(*modules: nn.Module) -> None:
     """Refuse weights with inf or nan.
 
     Raises:
         LoadError: A parameter has them.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+    every = {
+        id(parameter): (name, parameter) for one in modules for name, parameter in one.named_parameters()
+    }
+    for name, parameter in every.values():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        ends = torch.stack(
+            torch.aminmax(parameter)
+        )  # nan passes into both, and no copy of the weights is made
+        if not ends.isfinite().all():
             raise LoadError("finite weights", f"{name} has inf or nan", "Restore the checkpoint")
 
 
