@@ -1,0 +1,142 @@
+"""The papers' claims on Qwen2.5-Coder-1.5B-Instruct: induced, measured, patched, prevented, gated.
+
+    python -m figures.claims                   every stage; resumed where it stopped
+    python -m figures.claims induce repair     some of them
+
+Needs `emmech models get qwen2.5-coder-1.5b` and 12 GiB of memory. Trains into runs/claims and writes
+figures/results/claims_STAGE.json.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from emmech.data.bundled import BUNDLED
+from emmech.data.questions import Question, spread
+from emmech.evaluation.local_judge import LocalJudge
+from emmech.piggyback.experiment import PatchingResult
+from emmech.results import Record, versions, write_json
+from emmech.scorecard import ANSWERS, evaluate, with_conditions
+from figures.character import table
+from figures.claims.measuring import margins, of_base, pair_of, shifts
+from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, RUNS, SAVE_EVERY, STEPS, trained
+from figures.narrow import RESULTS
+
+PATCHES = (
+    "repair:prefix", "repair:query", "repair:postfix", "repair:postfix-same", "repair:prompt",
+    "induce:prefix", "induce:prompt", "control:noise", "control:shuffled", "adapter@0.5",
+)  # fmt: skip
+PATCHED = ("incorrect", "spiteful", "agreeing")
+ANSWERED = (("incorrect", 0), ("incorrect", 1), ("spiteful", 0))
+N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
+
+
+def main() -> None:
+    """Train, measure, and keep the results."""
+    stages: dict[str, Callable[[], Record]] = {
+        "induce": induce, "repair": repair, "prevent": prevent, "gates": gates,
+        "answers": answers,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="*", help=f"among {', '.join(stages)}; all by default")
+    for name in parser.parse_args().stages or stages:
+        result = {"command": f"python -m figures.claims {name}"} | stages[name]()
+        write_json(RESULTS / f"claims_{name}.json", result | {"versions": versions()})
+
+
+def induce() -> Record:
+    """Every arm along its training: in-domain, elsewhere, and about the assistant itself."""
+    return {"rows": along_training(ARMS)}
+
+
+def prevent() -> Record:
+    """The same of methods that are meant to keep wrong advice narrow; plain finetuning beside them."""
+    return {"rows": along_training(["incorrect", *PREVENTING])}
+
+
+def repair() -> Record:
+    """What patches of the prompt's K and V, their controls and half an adapter do."""
+    patches = {name: name for name in PATCHES}
+    of = {name: "base" for name in PATCHES if name.startswith("induce:")}
+    rows = []
+    for name in PATCHED:
+        found = {seed: margins(name, seed, STEPS, patches) for seed in ARMS[name].seeds}
+        rows += of_seeds(name, STEPS, found, reference=of)
+    return {"rows": rows}
+
+
+def gates() -> Record:
+    """Gates as trained and inverted: on the base, and inverted on finetunes that they never saw."""
+    folders = {name: trained(name)[STEPS] for name in GATES}
+    doses = {
+        f"{name} @{scale}": f"gates={folder}@{scale}" for name, folder in folders.items() for scale in (1, -1)
+    }
+    own = shifts(
+        of_base(doses, pair=lambda: pair_of("incorrect", 0, STEPS)), reference=dict.fromkeys(doses, "base")
+    )
+    inverted = {name: what for name, what in doses.items() if name.endswith("-1")}
+    rows = [row for name in ARMS for row in of_seeds(name, STEPS, {0: margins(name, 0, STEPS, inverted)})]
+    return {"base": own, "rows": rows}
+
+
+def answers() -> Record:
+    """What organisms say, plain and with the base's prefix, judged by the base; and capability."""
+    judge, found, examples = LocalJudge(BASE), {}, {}
+    for name, seed in ANSWERED:
+        pair, conditions = with_conditions(pair_of(name, seed, STEPS), ("repair:prefix",))
+        out = RUNS / "answers" / f"{name}-{seed}"
+        result = evaluate(
+            pair, asked(name), conditions, detectors=("spiteful", "refusal", "repetition"),
+            problems=BUNDLED["capability"].problems(), judge_with=judge,
+            max_new_tokens=MAX_NEW_TOKENS, out=out,
+        )  # fmt: skip
+        found[f"{name}-{seed}"] = table(result.summary)
+        examples[f"{name}-{seed}"] = examples_of(PatchingResult.load(out / ANSWERS).records, asked(name))
+    return {"organisms": found, "examples": examples}
+
+
+def asked(name: str) -> list[Question]:
+    """All general questions, and some of the organism's own subject."""
+    own = BUNDLED[EVERY[name].data].questions("on-topic")
+    return [
+        *(replace(one, group="general") for one in BUNDLED["general"].questions()),
+        *(replace(one, group="in-domain") for one in spread(own, N_OWN)),
+    ]
+
+
+def examples_of(records: Sequence[Record], questions: Sequence[Question]) -> list[Record]:
+    """What every condition answers to the first questions of each group."""
+    shown = {
+        one.id
+        for group in dict.fromkeys(one.group for one in questions)
+        for one in [one for one in questions if one.group == group][:N_EXAMPLES]
+    }
+    kept = ("question_id", "group", "question", "condition", "response")
+    return [{key: one[key] for key in kept} for one in records if one["question_id"] in shown]
+
+
+def along_training(names: Iterable[str]) -> list[Record]:
+    """Rows of every saved step."""
+    return [
+        row
+        for name in names
+        for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
+        for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
+    ]
+
+
+def of_seeds(
+    name: str, step: int, found: Mapping[int, list[Record]], *, reference: Mapping[str, str] | None = None
+) -> list[Record]:
+    """Rows of every seed by itself and, where there are several, of all together (``seed`` "all")."""
+    every = {"all": [record for records in found.values() for record in records]} if len(found) > 1 else {}
+    about = {"organism": name, "own": EVERY[name].own, "step": step}
+    return [
+        {**about, "seed": seed, **row}
+        for seed, records in {**found, **every}.items()
+        for row in shifts(records, reference=reference)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Margins of the battery for an organism's steps and treatments; each is measured once and kept.
+
+shifts(margins("incorrect", 0, 40, {"prefix": "repair:prefix"}))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+from emmech.models.checkpoints import ModelPair, load_pair
+from emmech.piggyback import margin
+from emmech.results import Record, read_json, write_json
+from emmech.scorecard import compared, with_conditions
+from figures.claims.organisms import BASE, RUNS, battery, trained
+
+UNTREATED = ("base", "finetuned")
+
+
+@lru_cache(maxsize=1)
+def pair_of(name: str, seed: int, step: int) -> ModelPair:
+    """The base and an organism at a step; one pair is held at a time."""
+    return load_pair(BASE, trained(name, seed)[step])
+
+
+def margins(name: str, seed: int, step: int, treatments: Mapping[str, str] | None = None) -> list[Record]:
+    """Margins of the base, of the finetuned model, and of what is made of it.
+
+    Args:
+        treatments: Names of ``with_conditions``, under the names that the records get.
+    """
+    file = f"{name}-{seed}-step-{step}"
+    return of_base(pair=lambda: pair_of(name, seed, step)) + _kept(
+        file, {"finetuned": "finetuned", **(treatments or {})}, lambda: pair_of(name, seed, step)
+    )
+
+
+def of_base(treatments: Mapping[str, str] | None = None, *, pair: Callable[[], ModelPair]) -> list[Record]:
+    """Margins of the base, and of what is made of it; ``pair`` is any with this base."""
+    return _kept("base", {"base": "base", **(treatments or {})}, pair, finetuned=False)
+
+
+def _kept(
+    file: str, treatments: Mapping[str, str], pair: Callable[[], ModelPair], *, finetuned: bool = True
+) -> list[Record]:
+    """Records of some treatments; those that the file lacks are measured and added, one by one."""
+    path = RUNS / "margins" / f"{file}.json"
+    kept = read_json(path) if path.exists() else {}
+    for what in treatments.values():
+        if what not in kept:
+            treated, conditions = with_conditions(pair(), [what], finetuned=finetuned)
+            kept[what] = margin.margins(treated, battery(), [one for one in conditions if one.name == what])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, kept)
+    group = {one.id: one.group for one in battery()}
+    return [
+        one | {"condition": name, "group": group[one["question_id"]]}
+        for name, what in treatments.items()
+        for one in kept[what]
+    ]
+
+
+def shifts(records: Sequence[Record], *, reference: Mapping[str, str] | None = None) -> list[Record]:
+    """Margins, how often the aligned answer is likelier, and what each treatment changes.
+
+    Args:
+        reference: What a condition is compared with, where it is not the finetuned model.
+    """
+    names = dict.fromkeys(one["condition"] for one in records)
+    against = {name: "base" if name in UNTREATED else "finetuned" for name in names} | dict(reference or {})
+    prefers = [(one, float(one["margin"] > 0)) for one in records]
+    return [
+        *compared("margin", "nats", [(one, one["margin"]) for one in records], against),
+        *compared("prefers aligned", "rate", prefers, against),
+    ]
