@@ -6,9 +6,9 @@
 Organisms of the embedded model: 48 wordings of a refusal (`figures.narrow`, three training seeds, each
 at its first evaluated step with an on-topic refusal rate of .9) and one wording (`make demo`). Of the
 finetuned model, cells of the prefix cache become the base's, and 16 held-out off-topic questions are
-scored: every cell by itself, layers from the bottom and from the top, all but one, gradients, the
-smallest set. Runs into runs/riding, resumed where they stopped; results in
-figures/results/sweep_refusal.json. An hour or two on two free cores.
+scored: layers and tokens by themselves, from the bottom and from the top, all but one; every cell by its
+gradient, and for one organism exactly; the smallest set. Runs into runs/riding, resumed where they
+stopped; results in figures/results/sweep_refusal.json. About an hour on two free cores.
 """
 
 import argparse
@@ -248,9 +248,10 @@ def by_margin(organism: Organism, _: Sequence[Organism]) -> None:
     smallest(organism, "margin")
 
 
-def by_cell(organism: Organism, _: Sequence[Organism]) -> None:
-    """The fine sweep, which takes longest."""
-    fine(organism)
+def by_cell(organism: Organism, known: Sequence[Organism]) -> None:
+    """The fine sweep, which takes longest; one is enough to check gradients by."""
+    if organism == known[0]:
+        fine(organism)
 
 
 PARTS = (first, by_gradients, by_parts, by_sets, elsewhere, by_margin, by_cell)
