@@ -38,7 +38,7 @@ from emmech.steering.doses import (
     patch_doses,
     steering_doses,
 )
-from emmech.steering.shared import SharedStructure, Shift, shared_structure, shift
+from emmech.steering.shared import SharedStructure, Shift, _interval, shared_structure, shift
 from emmech.steering.states import States, asked, read_states
 
 QUESTIONS = [Question(f"q{i}", text) for i, text in enumerate(tiny.QUESTIONS)]
@@ -194,6 +194,11 @@ def test_the_null_stays_flat_for_unrelated_shifts_and_is_passed_by_planted_ones(
         ][0]["beyond_null"]
     assert beyond <= 5  # one in twenty nominally, with an interval that must lie beyond
     assert planted == 40
+
+
+def test_intervals_are_mirrored_at_the_estimate():
+    """Resampled cosines from .3 to .5 around .5: 95% of them lie between .305 and .495."""
+    assert _interval(0.5, np.linspace(0.3, 0.5, 201)) == (pytest.approx(0.505), pytest.approx(0.695))
 
 
 def test_intervals_of_a_cosine_hold_the_true_one():
@@ -371,6 +376,12 @@ def test_doses_are_resumed_and_drawn_as_they_were_measured(doses, monkeypatch):
         compare_doses(pair, [*given, given[0]], QUESTIONS)
 
 
+def test_shares_of_a_patch_are_the_lowest_blocks():
+    made = patch_doses(lora_pair(), (0.1, 0.5, 0.7, 1.0))
+    layers = [dose.condition.patches[0].layers for dose in made]
+    assert layers == [(0,), (0, 1), (0, 1), None]  # of three blocks at least one, and all by None
+
+
 def test_a_calibrated_dose_costs_what_was_asked_for():
     pair = lora_pair()
     direction = fit_direction(*between_sides(pair, QUESTIONS, progress=False))
@@ -399,6 +410,21 @@ def test_a_calibrated_cost_is_the_mean_that_a_comparison_measures():
     )
     measured = row(result.summary["ordinary"], "add in 1", found.dose)["kl"]["mean"]
     assert measured == pytest.approx(found.kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("jump", [1.3, 1.7])
+def test_where_the_cost_jumps_the_nearest_side_of_the_jump_is_taken(jump):
+    """From nothing at once to much: the search narrows down to the jump, and may end below it."""
+    pair = lora_pair()
+    direction = fit_direction(*between_sides(pair, QUESTIONS, progress=False))
+
+    def make(dose):
+        return steering_doses(pair, direction, [2.0 if dose >= jump else 0.0], layers=[1])[0]
+
+    found = calibrate(pair, make, 0.6, ordinary=ORDINARY)
+    below, above = min(found.tried, key=lambda one: one[1]), max(found.tried, key=lambda one: one[1])
+    assert below[1] == 0 and 0.7 < above[1] < 0.9  # of the two, the second is nearer to .6
+    assert found.kl == above[1] and found.dose >= jump
 
 
 def test_a_random_direction_of_the_same_length_is_no_part_of_the_planted_one():
