@@ -16,7 +16,7 @@ from emmech.piggyback.attribution import (
     stratified_sample,
 )
 from emmech.piggyback.cells import AXES, Cell, Patch, Shape, grid, patches
-from emmech.piggyback.minimal_set import MinimalSet, doubled, minimal_set
+from emmech.piggyback.minimal_set import MinimalSet, _Curve, _spread, doubled, minimal_set
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_kv
 
@@ -26,6 +26,10 @@ QUIET = {"progress": False}
 def difference_of_two_logits(logits):
     """Linear in the logits of the first token."""
     return logits[:, 65] - logits[:, 66]
+
+
+def the_other_way_round(logits):
+    return -difference_of_two_logits(logits)
 
 
 def linear_model(seed: int):
@@ -148,6 +152,35 @@ def test_where_cells_add_up_the_minimal_set_is_the_smallest_there_is(linear_pair
     assert found.summary["effect"]["mean"] == pytest.approx(effects[:expected].sum(), abs=1e-4)
     assert found.summary["random"]["mean"] == pytest.approx(expected / len(effects), abs=0.1)
     assert f"{expected} of {len(effects)} cells" in found.text()
+
+
+def test_the_set_of_a_score_is_that_of_the_score_turned_round(linear_pair):
+    """Effects are shares of the whole: of the two scores one falls under the patch and one rises."""
+    metrics = (difference_of_two_logits, the_other_way_round)
+    over = ("layer", "position", "kv")
+    one, two = (minimal_set(linear_pair, list(tiny.QUESTIONS), metric, over, **QUIET) for metric in metrics)
+    assert one.summary["whole"]["mean"] == -two.summary["whole"]["mean"] != 0
+    assert one.size == two.size and one.cells == two.cells
+
+
+class EvenCurve(_Curve):
+    """Every cell does the same: n of N cells do n / N."""
+
+    def __init__(self):
+        pass
+
+    def effects(self, sets):
+        return np.array([size / len(order) for order, size in sets])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_the_search_ends_at_the_very_size_that_reaches_the_share(n):
+    found = [EvenCurve().smallest(np.arange(n), size / n) for size in range(1, n + 1)]
+    assert found == list(range(1, n + 1))
+
+
+def test_the_range_of_random_sets_holds_95_of_100():
+    assert _spread(np.arange(101.0)) == {"mean": 50, "low": 2.5, "high": 97.5, "n_sets": 101}
 
 
 def test_the_set_reaches_the_share_and_one_cell_less_does_not(make_pair, tmp_path):

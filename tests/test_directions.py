@@ -20,7 +20,7 @@ from emmech.piggyback.patching import Condition, KVPatch
 from emmech.steering.contrasts import own_answers
 from emmech.steering.directions import Direction, cosines, fit_direction, project, random_like
 from emmech.steering.projections import set_projection, token_projections, training_projections
-from emmech.steering.states import SITES, States, asked, read_states
+from emmech.steering.states import SITES, States, _Pool, asked, read_states
 from emmech.steering.steer import Steer
 
 BASE = Condition("base", "base")
@@ -107,6 +107,12 @@ def test_states_are_read_after_what_the_side_does_to_them():
     assert found[found.layer == 0].projection.abs().min() > 1e-3
 
 
+def test_padding_may_hold_anything():
+    pool = _Pool("resid_post", 1, weights=torch.tensor([[0.0, 0.5, 0.5]]))
+    pool._keep(0)(torch.tensor([[[math.nan, math.inf], [1.0, 2.0], [3.0, 4.0]]]))
+    assert pool.taken().tolist() == [[[2.0, 3.0]]]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -175,6 +181,40 @@ def test_every_method_finds_a_planted_direction(method, paired):
     assert float(found.vectors.norm()) == pytest.approx(12.0, abs=0.3)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_what_both_kinds_have_in_common_does_not_matter(method, paired):
+    """States of a model are far from 0, all in one direction."""
+    common, ids = 500.0 * np.eye(6)[0], None if paired else [f"other{i}" for i in range(20)]
+    up, down = noisy(20, 6, 9.0 * np.eye(6)[1], 1), noisy(20, 6, 0.0, 2)
+    near = fit_direction(states_of(up), states_of(down, ids), method=method, n_permutations=50)
+    far = fit_direction(
+        states_of(up + common), states_of(down + common, ids), method=method, n_permutations=50
+    )
+    torch.testing.assert_close(far.vectors, near.vectors, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("method", ["mean", "logistic", "pca"])
+def test_the_level_is_where_the_negative_states_lie_along_the_direction(method, paired):
+    ids = None if paired else [f"other{i}" for i in range(20)]
+    one, two = states_of(noisy(20, 6, 3.0, 1)), states_of(noisy(20, 6, -1.0, 2), ids)
+    for positive, negative in ((one, two), (two, one)):
+        found = fit_direction(positive, negative, method=method, n_permutations=50)
+        torch.testing.assert_close(found.level[0], negative.values[:, 0].mean(0) @ found.unit(0))
+        assert found.reliability[0] > 0.8  # halves agree, sign and all
+
+
+def test_states_are_paired_by_question_whatever_their_order():
+    up, down = noisy(9, 4, 1.0, 1), noisy(9, 4, 0.0, 2)
+    names = [f"q{i}" for i in range(9)]
+    found, turned = (
+        fit_direction(states_of(up, names), states_of(np.roll(down, by, 0), names[-by:] + names[:-by]))
+        for by in (9, 2)
+    )
+    assert (turned.p, turned.reliability) == (found.p, found.reliability)
+
+
 def test_reliability_of_noise_is_about_zero():
     found = [
         fit_direction(states_of(noisy(40, 50, 0.0, 2 * s)), states_of(noisy(40, 50, 0.0, 2 * s + 1)))
@@ -239,13 +279,18 @@ def test_cosines_of_directions():
 
 
 def test_a_random_control_is_as_long_and_lies_where_the_states_spread():
-    values = np.zeros((30, 1, 10))
-    values[:, 0, :2] = np.random.default_rng(0).standard_normal((30, 2))  # a plane of ten dimensions
+    values = np.zeros((30, 2, 10))
+    values[:, :, :2] = 4 + np.random.default_rng(0).standard_normal((30, 2, 2))  # a plane of ten dimensions
+    values[:, :, 5] = 7.0  # far from 0 in a dimension in which they do not spread
     states = states_of(values)
-    direction = fit_direction(states_of(values + 1.0), states)
+    direction = fit_direction(states_of(values + np.array([[1.0], [3.0]])), states)
     drawn = random_like(direction, states, seed=3)
-    assert float(drawn.vectors.norm()) == pytest.approx(float(direction.vectors.norm()), rel=1e-5)
-    assert float(drawn.vectors[0, 2:].abs().max()) < 1e-5
+    torch.testing.assert_close(drawn.vectors.norm(dim=-1), direction.vectors.norm(dim=-1))
+    assert float(drawn.vectors[:, 2:].abs().max()) < 1e-4
+    mean = torch.tensor(values.mean(0), dtype=torch.float32)
+    along = torch.stack([drawn.unit(layer) @ mean[layer] for layer in range(2)])
+    torch.testing.assert_close(drawn.level, along)
+    assert along.abs().min() > 0.1
     assert not torch.equal(drawn.vectors, random_like(direction, states, seed=4).vectors)
 
 

@@ -1,5 +1,6 @@
 """Weights of two models, token by token: against a loop that really switches models at each token."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from emmech.models.generation import Decoding, decode, follow
 from emmech.piggyback.grafting import (
     PLACES,
     Graft,
+    _acting,
     graft_name,
     graft_side,
     graft_sites,
@@ -183,6 +185,21 @@ def test_generate_goes_on_from_a_grafted_prompt_with_the_weights_of_the_response
     assert answers[:, ids.shape[1] :].tolist() == continued(pair, name, read(batch, name))
 
 
+PASSES = {
+    "a prompt": (["prefix", "query", "postfix", "postfix"], [3], [2]),
+    "a prompt without a postfix": (["prefix", "query", "query"], [2], []),
+    "a prefix alone": (["prefix", "prefix"], [], []),
+    "an answer alone": (["response", "response"], [], []),
+}
+
+
+@pytest.mark.parametrize(("names", "last", "rest"), PASSES.values(), ids=PASSES)
+def test_the_last_token_is_the_one_that_predicts_the_answer(names, last, rest):
+    numbers = torch.tensor([[PARTS.index(name) for name in names]])
+    assert _acting(["last"], numbers)[0].nonzero().flatten().tolist() == last
+    assert _acting(["postfix-rest"], numbers)[0].nonzero().flatten().tolist() == rest
+
+
 # What is grafted
 
 
@@ -231,6 +248,26 @@ def shake(file):
     for name in whole:
         tensors[name] += 0.1 * torch.randn_like(tensors[name])
     save_file(tensors, file)
+
+
+def test_tokens_are_told_from_heads_where_there_are_as_few(tmp_path):
+    """Of three heads with norms of their own: the pass that looks for the tokens must not have three."""
+    base = tiny.save_base("qwen3", tmp_path / "base", num_attention_heads=3, num_key_value_heads=3)
+    tuned = tiny.save_full(base, tmp_path / "tuned")
+    parts = ("prefix", "last")
+    pair = grafted(load_pair(base, tuned, dtype="float32", device="cpu"), parts)
+    batch = batch_of(pair, True, tiny.QUESTIONS[:1])
+    _, first = by_switching(pair, batch.batch.prompts[0], parts, 1)
+    torch.testing.assert_close(read(batch, graft_name(parts)).logits[0], first, **CLOSE)
+
+
+def test_models_that_turn_their_positions_at_another_speed_are_refused(make_pair):
+    """What differs there is no weight but a buffer, and acts on no token by itself."""
+    pair = make_pair("qwen2", "full")
+    tuned = copy.deepcopy(pair.finetuned.module)
+    tuned.model.rotary_emb.inv_freq *= 0.5
+    with pytest.raises(PatchError, match=r"computed by itself, but 1 modules .*rotary_emb"):
+        graft_sites(replace(pair, finetuned=replace(pair.finetuned, module=tuned)))
 
 
 def test_a_hybrids_adapter_is_grafted_too(tmp_path):

@@ -27,7 +27,7 @@ def side_place(side, name, edit):
 
 @torch.no_grad()
 def bare_margin(pair, item_pair, layer, position) -> float:
-    """Two plain, unpadded passes with one token's residual stream exchanged after one block."""
+    """Two plain, unpadded passes with some tokens' residual stream exchanged after one block."""
     scores, name = [], f"blocks.{layer}.hook_resid_post"
     for text in (item_pair.aligned, item_pair.misaligned):
         turns = [{"role": "user", "content": item_pair.user}, {"role": "assistant", "content": text}]
@@ -84,6 +84,11 @@ def test_the_whole_prompt_is_its_segments_together_and_its_own_kind_of_whole(mak
     np.testing.assert_allclose(resid.full, kv.full, atol=1e-5)  # the same whole: maps of both compare
     np.testing.assert_allclose(resid.unpatched, kv.unpatched, atol=1e-5)
     assert not np.allclose(resid.scores, kv.scores, atol=1e-3)
+    for layer in range(2):
+        for number in (1, 2):
+            prompt = slice(len(pair.chat.render(PAIRS[number].user)))  # and nothing of the answer
+            expected = bare_margin(pair, PAIRS[number], layer, prompt)
+            assert resid.scores[layer, number] == pytest.approx(expected, abs=1e-4)
 
 
 def test_left_out_blocks_and_hooks_give_the_same_scores(make_pair):

@@ -17,9 +17,16 @@ from emmech.errors import DataError, PatchError
 from emmech.models.checkpoints import ModelPair
 from emmech.models.sides import Side
 from emmech.piggyback.experiment import patch_prefix
+from emmech.piggyback.likelihood import answered
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.steering.contrasts import between_prompts, between_sides, between_wordings
+from emmech.steering.contrasts import (
+    between_answers,
+    between_prompts,
+    between_sides,
+    between_wordings,
+    with_trigger,
+)
 from emmech.steering.cross import CrossAblation, Effect, Reading, cross_ablation
 from emmech.steering.directions import Direction, fit_direction, project, random_like
 from emmech.steering.doses import (
@@ -31,8 +38,8 @@ from emmech.steering.doses import (
     patch_doses,
     steering_doses,
 )
-from emmech.steering.shared import SharedStructure, Shift, shared_structure, shift
-from emmech.steering.states import States
+from emmech.steering.shared import SharedStructure, Shift, _interval, shared_structure, shift
+from emmech.steering.states import States, asked, read_states
 
 QUESTIONS = [Question(f"q{i}", text) for i, text in enumerate(tiny.QUESTIONS)]
 ORDINARY = [
@@ -189,6 +196,11 @@ def test_the_null_stays_flat_for_unrelated_shifts_and_is_passed_by_planted_ones(
     assert planted == 40
 
 
+def test_intervals_are_mirrored_at_the_estimate():
+    """Resampled cosines from .3 to .5 around .5: 95% of them lie between .305 and .495."""
+    assert _interval(0.5, np.linspace(0.3, 0.5, 201)) == (pytest.approx(0.505), pytest.approx(0.695))
+
+
 def test_intervals_of_a_cosine_hold_the_true_one():
     rng = np.random.default_rng(1)
     a, b = np.zeros(20), np.zeros(20)
@@ -203,6 +215,33 @@ def test_intervals_of_a_cosine_hold_the_true_one():
         ).summary["rows"][0]  # fmt: skip
         held += found["low"] <= 0.6 <= found["high"]
     assert held >= 53  # of 60; a nominal 95% holds 53 or fewer once in thirty samples
+
+
+def test_shifts_over_the_same_questions_are_resampled_together():
+    """A shift and twice that shift agree in every resample, but not if questions were drawn apart."""
+    values = 1 + np.random.default_rng(0).standard_normal((12, 1, 6))
+    spread = states_of(np.random.default_rng(1).standard_normal((30, 1, 6)))
+    one, two = shift_of(values), shift_of(2 * values)
+    (row,) = shared_structure({"a": one, "b": two}, spread).summary["rows"]
+    assert (row["low"], row["high"]) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_the_null_is_that_of_the_shift_which_random_directions_meet_more():
+    """The states spread along one axis alone: random directions are that axis."""
+    axis = np.eye(3)[0]
+    spread = states_of(np.random.default_rng(0).standard_normal((20, 1, 1)) * axis)
+    shifts = {"along": shift_of([[axis]] * 4), "across": shift_of([[np.eye(3)[1]]] * 4)}
+    (row,) = shared_structure(shifts, spread).summary["rows"]
+    assert (row["cosine"], row["null"]) == (0, pytest.approx(1))
+
+
+def test_a_shift_is_taken_question_by_question_whatever_their_order():
+    up, down = np.arange(24.0).reshape(4, 1, 6), np.arange(24.0).reshape(4, 1, 6) ** 2
+    plain = shift(states_of(up), states_of(down))
+    turned = states_of(np.roll(down, 1, 0))
+    turned = shift(states_of(up), replace(turned, ids=(turned.ids[-1], *turned.ids[:-1])))
+    np.testing.assert_array_equal(turned.differences, plain.differences)
+    np.testing.assert_array_equal(plain.differences, up - down)
 
 
 def test_shifts_need_the_same_questions_and_shape():
@@ -249,6 +288,26 @@ def test_wordings_and_prompts_are_read_behind_what_they_say():
     assert up.ids == tuple(answered)
     assert down.ids == (*answered, *answered)
     assert fit_direction(up, down).n_questions == len(answered) >= 4
+
+
+def test_misaligned_answers_come_before_aligned_ones_and_triggered_questions_before_plain_ones():
+    pair = lora_pair()
+    pairs = [AnswerPair(q.id, q.chat, "It is blue.", "No idea.") for q in QUESTIONS]
+    found = between_answers(pair, pairs, progress=False)
+    for states, answer in zip(found, ("No idea.", "It is blue."), strict=True):
+        turns = [
+            ({"role": "user", "content": q.chat}, {"role": "assistant", "content": answer}) for q in QUESTIONS
+        ]
+        texts = [answered(pair, turn, q.id) for turn, q in zip(turns, QUESTIONS, strict=True)]
+        known = read_states(pair, texts, Condition("base", "base"), position="response", progress=False)
+        assert torch.equal(states.values, known.values)
+
+    found = with_trigger(pair, QUESTIONS, "|sour|", side="base", progress=False)
+    wordings = ([Question(q.id, f"|sour|\n{q.chat}") for q in QUESTIONS], QUESTIONS)
+    for states, questions in zip(found, wordings, strict=True):
+        texts = [asked(pair, question) for question in questions]
+        known = read_states(pair, texts, Condition("base", "base"), progress=False)
+        assert torch.equal(states.values, known.values)
 
 
 # --- doses
@@ -317,6 +376,12 @@ def test_doses_are_resumed_and_drawn_as_they_were_measured(doses, monkeypatch):
         compare_doses(pair, [*given, given[0]], QUESTIONS)
 
 
+def test_shares_of_a_patch_are_the_lowest_blocks():
+    made = patch_doses(lora_pair(), (0.1, 0.5, 0.7, 1.0))
+    layers = [dose.condition.patches[0].layers for dose in made]
+    assert layers == [(0,), (0, 1), (0, 1), None]  # of three blocks at least one, and all by None
+
+
 def test_a_calibrated_dose_costs_what_was_asked_for():
     pair = lora_pair()
     direction = fit_direction(*between_sides(pair, QUESTIONS, progress=False))
@@ -330,6 +395,36 @@ def test_a_calibrated_dose_costs_what_was_asked_for():
         assert (found.dose, found.kl) in found.tried
     with pytest.raises(PatchError, match="a dose that costs 50 nats"):
         calibrate(pair, make, 50.0, ordinary=ORDINARY, most=16)
+
+
+def test_a_calibrated_cost_is_the_mean_that_a_comparison_measures():
+    pair = lora_pair()
+    direction = fit_direction(*between_sides(pair, QUESTIONS, progress=False))
+
+    def make(coeff):
+        return steering_doses(pair, direction, [coeff], layers=[1])[0]
+
+    found = calibrate(pair, make, 0.02, ordinary=ORDINARY)
+    result = compare_doses(
+        pair, [make(found.dose)], QUESTIONS[:2], ordinary=ORDINARY, max_new_tokens=2, progress=False
+    )
+    measured = row(result.summary["ordinary"], "add in 1", found.dose)["kl"]["mean"]
+    assert measured == pytest.approx(found.kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("jump", [1.3, 1.7])
+def test_where_the_cost_jumps_the_nearest_side_of_the_jump_is_taken(jump):
+    """From nothing at once to much: the search narrows down to the jump, and may end below it."""
+    pair = lora_pair()
+    direction = fit_direction(*between_sides(pair, QUESTIONS, progress=False))
+
+    def make(dose):
+        return steering_doses(pair, direction, [2.0 if dose >= jump else 0.0], layers=[1])[0]
+
+    found = calibrate(pair, make, 0.6, ordinary=ORDINARY)
+    below, above = min(found.tried, key=lambda one: one[1]), max(found.tried, key=lambda one: one[1])
+    assert below[1] == 0 and 0.7 < above[1] < 0.9  # of the two, the second is nearer to .6
+    assert found.kl == above[1] and found.dose >= jump
 
 
 def test_a_random_direction_of_the_same_length_is_no_part_of_the_planted_one():

@@ -7,11 +7,11 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from emmech.chat import Chat
+from emmech.chat import PARTS, Chat
 from emmech.errors import DataError, PatchError
 from emmech.models import hook_points
 from emmech.models.checkpoints import ModelPair
-from emmech.models.generation import Decoding, decode, make_batch
+from emmech.models.generation import Decoding, decode, make_batch, reading
 from emmech.models.sides import Side
 from emmech.piggyback.patching import Bench, Condition
 from emmech.steering.directions import Direction
@@ -152,6 +152,26 @@ def test_steering_one_segment_leaves_padding_other_tokens_and_earlier_ones_as_th
                 where |= batch.positions(part)
         assert torch.equal(found[~where], own[~where])
         assert (found[where] != own[where]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "parts", "steered_at"),
+    [
+        (["prefix", "query", "postfix", "postfix"], ("last",), [3]),
+        (["prefix", "query", "query"], ("last",), [2]),  # a template that puts nothing behind the query
+        (["prefix", "prefix"], ("last",), []),  # a pass over the prefix alone
+        (["response"], ("last",), []),
+        (["response"], ("last", "response"), [0]),
+    ],
+)
+def test_the_last_token_is_the_one_that_predicts_the_answer(names, parts, steered_at):
+    states, vector = torch.zeros(1, len(names), 32), a_direction().vectors[LAYER]
+    steer = Steer(a_direction(), 1.0, (LAYER,), parts=parts)
+    with reading(torch.tensor([[PARTS.index(name) for name in names]])):
+        found = steer._edit(LAYER)(states)
+    expected = torch.zeros_like(states)
+    expected[0, steered_at] = vector
+    assert torch.equal(found, expected)
 
 
 @BY_ARCHITECTURE

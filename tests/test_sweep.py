@@ -22,7 +22,7 @@ from emmech.piggyback.experiment import default_conditions
 from emmech.piggyback.likelihood import answered, likelihoods
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.piggyback.replay import Replay
+from emmech.piggyback.replay import Replay, _differs
 from emmech.piggyback.scores import find_metric
 from emmech.piggyback.streaming import score_patches
 from emmech.piggyback.sweep import sweep_kv
@@ -204,6 +204,14 @@ def test_a_model_patched_with_itself_does_not_change_at_all(make_pair):
             replay.logits(items, replay.edited(every_other, 0)),
             replay.logits(items, replay.edited([NOTHING] * len(items), 0)),
         )
+
+
+def test_entries_differ_where_any_of_their_dimensions_does():
+    own = {0: (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))}
+    other = {0: tuple(one.clone() for one in own[0])}
+    other[0][1][0, 1, 2, 3] = 1.0  # of values, at one head and position, one dimension of four
+    (found,) = _differs(own, other)
+    assert np.argwhere(found).tolist() == [[1, 1, 2]]
 
 
 def test_blocks_up_to_the_patched_one_see_nothing_of_a_patch_and_later_ones_do(make_pair):
