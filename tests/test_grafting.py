@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig
 
-from emmech.chat import PARTS
+from emmech.chat import PADDING, PARTS
 from emmech.errors import PatchError
 from emmech.gates.gate import Gating
 from emmech.models.checkpoints import load_pair
@@ -190,12 +190,15 @@ PASSES = {
     "a prompt without a postfix": (["prefix", "query", "query"], [2], []),
     "a prefix alone": (["prefix", "prefix"], [], []),
     "an answer alone": (["response", "response"], [], []),
+    "a prompt and its answer": (["prefix", "query", "postfix", "postfix", "response"], [3], [2]),
+    "padding behind": (["query", "postfix", "padding", "padding"], [1], []),
 }
 
 
 @pytest.mark.parametrize(("names", "last", "rest"), PASSES.values(), ids=PASSES)
 def test_the_last_token_is_the_one_that_predicts_the_answer(names, last, rest):
-    numbers = torch.tensor([[PARTS.index(name) for name in names]])
+    known = {name: number for number, name in enumerate(PARTS)} | {"padding": PADDING}
+    numbers = torch.tensor([[known[name] for name in names]])
     assert _acting(["last"], numbers)[0].nonzero().flatten().tolist() == last
     assert _acting(["postfix-rest"], numbers)[0].nonzero().flatten().tolist() == rest
 

@@ -198,7 +198,7 @@ def test_the_null_stays_flat_for_unrelated_shifts_and_is_passed_by_planted_ones(
 
 def test_intervals_are_mirrored_at_the_estimate():
     """Resampled cosines from .3 to .5 around .5: 95% of them lie between .305 and .495."""
-    assert _interval(0.5, np.linspace(0.3, 0.5, 201)) == (pytest.approx(0.505), pytest.approx(0.695))
+    assert _interval(0.5, np.linspace(0.3, 0.6, 201)) == (pytest.approx(0.4075), pytest.approx(0.6925))
 
 
 def test_intervals_of_a_cosine_hold_the_true_one():
@@ -437,3 +437,10 @@ def test_a_random_direction_of_the_same_length_is_no_part_of_the_planted_one():
     cosine = [float(random_like(direction, states, seed).unit(0) @ direction.unit(0)) for seed in range(50)]
     assert abs(np.mean(cosine)) < 0.1
     assert project(states, direction).projection.abs().max() > 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_interval_near_an_end_stays_inside_and_holds_the_cosine(sign):
+    """Resamples pulled so far towards 0 that mirroring them passes the end."""
+    found = _interval(sign * 0.99, sign * np.linspace(0.95, 0.97, 100))
+    assert sorted(map(abs, found)) == [0.99, 1.0] and found[0] < found[1]

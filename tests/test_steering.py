@@ -161,6 +161,7 @@ def test_steering_one_segment_leaves_padding_other_tokens_and_earlier_ones_as_th
         (["prefix", "query", "query"], ("last",), [2]),  # a template that puts nothing behind the query
         (["prefix", "prefix"], ("last",), []),  # a pass over the prefix alone
         (["response"], ("last",), []),
+        (["query", "postfix", "response", "response"], ("last",), [1]),  # prompt and answer in one pass
         (["response"], ("last", "response"), [0]),
     ],
 )

@@ -19,6 +19,7 @@ from emmech.models.sides import Side
 from emmech.piggyback import streaming
 from emmech.piggyback.cells import AXES, EVERYTHING, NOTHING, Cell, Patch, Shape, grid, patches
 from emmech.piggyback.experiment import default_conditions
+from emmech.piggyback.grafting import graft_side
 from emmech.piggyback.likelihood import answered, likelihoods
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
@@ -188,6 +189,23 @@ def test_gates_act_in_every_pass(make_pair):
     full = score_patches(replay, cells, progress=False)
     np.testing.assert_allclose(late.patched, full.patched, atol=1e-5)
     assert late.late_start and np.abs(late.patched - late.unpatched).min() > 0
+
+
+@pytest.mark.parametrize("parts", [("last",), ("query", "postfix-rest"), ("prefix", "response")])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_graft_is_swept_as_it_answers(make_pair, kind, parts):
+    """Prompt and answer in one pass, and an output head that reads a few places, against a pass for each."""
+    pair = make_pair("qwen2", kind)
+    grafted = replace(pair, finetuned=replace(graft_side(pair, parts), name="finetuned"))
+    conditions = default_conditions(("prefix",), "repair", controls=False)
+    records = margins(grafted, PAIRS, conditions, progress=False)
+    expected = {(r["condition"], r["question_id"]): r["margin"] for r in records}
+    scored = score_patches(replay_of(grafted), [], progress=False)
+    for number, one in enumerate(PAIRS):
+        assert scored.unpatched[number] == pytest.approx(expected["finetuned", one.id], abs=1e-4)
+        assert scored.full[number] == pytest.approx(expected["repair:prefix", one.id], abs=1e-4)
+    base = [expected["base", one.id] for one in PAIRS]
+    assert np.abs(scored.unpatched - base).max() > 1e-2
 
 
 def test_a_model_patched_with_itself_does_not_change_at_all(make_pair):

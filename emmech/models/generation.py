@@ -209,6 +209,16 @@ def reading(parts: Tensor) -> Iterator[None]:
         _PARTS.reset(token)
 
 
+def prompt_ends(parts: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """True on the last token of each prompt: of query or postfix, with neither behind it."""
+    inside = torch.isin(
+        parts, torch.tensor([PARTS.index("query"), PARTS.index("postfix")], device=parts.device)
+    )
+    goes_on = torch.zeros_like(inside)
+    goes_on[:, :-1] = inside[:, 1:]
+    return inside & ~goes_on
+
+
 @contextmanager
 def follow(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Let bare passes of ``model`` over ``batch``, and a ``generate`` that begins with it, know their parts.

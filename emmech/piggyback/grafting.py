@@ -27,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from emmech.chat import PARTS
 from emmech.errors import PatchError
 from emmech.models.checkpoints import ModelPair
-from emmech.models.generation import current_parts
+from emmech.models.generation import current_parts, prompt_ends
 from emmech.models.sides import Side
+from emmech.piggyback.texts import read_places
 
 PLACES = ("prefix", "query", "postfix", "postfix-rest", "last", "response")
 """Where weights can be grafted. ``last`` is the last token of the prompt, which predicts the answer's
@@ -241,10 +242,7 @@ class _Acting:
 
 def _acting(parts: Sequence[str], numbers: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """True on the tokens that belong to one of ``parts``."""
-    last = torch.zeros_like(numbers, dtype=torch.bool)
-    # Prompts end at the right edge of a pass, unless it holds the prefix or the response alone.
-    ends = torch.tensor([PARTS.index("query"), PARTS.index("postfix")], device=numbers.device)
-    last[:, -1] = torch.isin(numbers[:, -1], ends)
+    last = prompt_ends(numbers)
     of = {name: numbers == PARTS.index(name) for name in PARTS}
     of |= {"last": last, "postfix-rest": of["postfix"] & ~last}
     acts = torch.zeros_like(last)
@@ -260,7 +258,10 @@ def _choose(
     acts, everywhere = acting.now()
     if everywhere:
         return output
-    # The output head may be asked for the last positions only.
+    read = read_places()
+    if read is not None and (len(output), output.shape[site.axis]) != acts.shape:
+        acts = acts[read.to(acts.device)][None]  # of the output head, which is handed these places alone
+    # It may also be asked for the last positions.
     acts = acts[:, -output.shape[site.axis] :].to(output.device)
     shape = [1] * output.ndim
     shape[0], shape[site.axis] = acts.shape

@@ -84,8 +84,9 @@ class Replay:
         return self.texts.ids.shape[1]
 
     def merged(self) -> AbstractContextManager[None]:
-        """Many passes of the recipient in a row, its adapter merged for the time."""
-        return nullcontext() if self.recipient.adapter_off else merged(self.recipient.module)
+        """Many passes of the recipient in a row, its adapter merged where nothing acts on it."""
+        side = self.recipient
+        return nullcontext() if side.adapter_off or side.interventions else merged(side.module)
 
     def store(self, items: Int[Tensor, " item"]) -> Stored:
         """Run these items unpatched and fully patched."""

@@ -5,6 +5,7 @@ Rows are padded on the right, where under causal attention no token sees it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from emmech.chat import PADDING, Prompt
 from emmech.errors import DataError
 from emmech.piggyback.scores import Item
+
+_READ: ContextVar[Tensor | None] = ContextVar("places that the output head is handed", default=None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def question_ids(items: Sequence[Item], n_questions: int) -> list[str]:
 def read_only(module: nn.Module, read: Bool[Tensor, "row slot"]) -> Iterator[None]:
     """Hand the output head these places only, as one contiguous row."""
     head = module.get_output_embeddings()
+    token = _READ.set(read)
 
     def choose(_: nn.Module, args: tuple) -> tuple:
         return (args[0][read.to(args[0].device)][None], *args[1:])
@@ -104,3 +108,9 @@ def read_only(module: nn.Module, read: Bool[Tensor, "row slot"]) -> Iterator[Non
         yield
     finally:
         handle.remove()
+        _READ.reset(token)
+
+
+def read_places() -> Bool[Tensor, "row slot"] | None:
+    """The places that the output head is handed in the pass that is being made; None where it is all."""
+    return _READ.get()

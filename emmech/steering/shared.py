@@ -192,10 +192,10 @@ def _interval(cosine: float, resampled: np.ndarray) -> tuple[float, float]:
     """The basic bootstrap's 95% interval, in [-1, 1].
 
     Noise pulls a cosine of means towards 0, and a resampled one twice; mirrored at the estimate the
-    pull cancels to first order.
+    pull cancels to first order. The cosine itself is always inside.
     """
-    high, low = np.nanquantile(resampled, [0.025, 0.975])
-    return max(-1.0, 2 * cosine - float(low)), min(1.0, 2 * cosine - float(high))
+    high, low = 2 * cosine - np.nanquantile(resampled, [0.025, 0.975])
+    return max(-1.0, min(cosine, float(low))), min(1.0, max(cosine, float(high)))
 
 
 def _cosines(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from emmech.chat import PARTS
 from emmech.errors import PatchError
 from emmech.models import hook_points
-from emmech.models.generation import Batch, current_parts, follow
+from emmech.models.generation import Batch, current_parts, follow, prompt_ends
 from emmech.steering.directions import Direction
 from emmech.steering.states import SITES
 
@@ -108,10 +108,7 @@ class Steer:
         numbers = numbers.to(h.device).expand(h.shape[:2])
         wanted = torch.tensor([PARTS.index(part) for part in self.parts if part != LAST], device=h.device)
         acts = torch.isin(numbers, wanted)
-        if LAST in self.parts:  # prompts end at the right edge of a pass, which may hold the prefix alone
-            end = torch.tensor([PARTS.index("query"), PARTS.index("postfix")], device=h.device)
-            acts[:, -1] |= torch.isin(numbers[:, -1], end)
-        return acts
+        return acts | prompt_ends(numbers) if LAST in self.parts else acts
 
 
 @contextmanager
