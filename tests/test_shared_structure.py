@@ -197,7 +197,7 @@ def test_the_null_stays_flat_for_unrelated_shifts_and_is_passed_by_planted_ones(
 
 
 def test_intervals_are_mirrored_at_the_estimate():
-    """Resampled cosines from .3 to .5 around .5: 95% of them lie between .305 and .495."""
+    """Resampled cosines from .3 to .6 around .5: 95% of them lie between .3075 and .5925."""
     assert _interval(0.5, np.linspace(0.3, 0.6, 201)) == (pytest.approx(0.4075), pytest.approx(0.6925))
 
 
