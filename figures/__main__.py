@@ -29,6 +29,7 @@ SHOWN = {
     "narrow_short_answers": ("narrow_short_answers", 0),
     "gates_dose": ("gates_steer", 0),
     "graft_refusal": ("graft_refusal", 0),
+    "study_short_answers": ("study/short_answers/frontier", 0),
 }
 """Pictures that README and docs show: topic, and which of its figures."""
 
