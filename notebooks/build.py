@@ -12,6 +12,7 @@ import argparse
 import base64
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ TIMEOUT_SECONDS = 1800
 
 
 def main() -> None:
-    """Build the notebooks that are named."""
+    """Build the notebooks that are named, and say how long each took to run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="how their names begin; all by default")
     for source in sources(parser.parse_args().names):
+        started = time.monotonic()
         notebook = execute(read(source), HERE)
+        print(f"{source.stem}: {time.monotonic() - started:.0f} s", flush=True)  # noqa: T201
         if found := [text for text in texts(notebook) if str(HERE.parent) in text]:
             sys.exit(f"{source.name} shows a path of this machine: {found[0][:300]}")
         add_pictures(notebook)
