@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from benchmarks.measure import Aim, Row, number, timed
+from benchmarks.measure import Aim, Row, forget_peak, number, peak_memory, timed
 from benchmarks.setting import Setting, questions
 from benchmarks.sweep import METRIC
 
@@ -107,23 +106,6 @@ def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[
     on_gpu = replay.recipient.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     return {"seconds": taken.wall if on_gpu else taken.cpu, "peak_gib": peak / 2**30}
-
-
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def forget_peak() -> None:
-    """Let the peak start from what is held now, where the system can (Linux)."""
-    if _FORGET.exists():
-        _FORGET.write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes resident at most since the peak was forgotten; elsewhere than on Linux, what is held now."""
-    if not _STATUS.exists():
-        return psutil.Process().memory_info().rss
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

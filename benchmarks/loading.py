@@ -9,9 +9,10 @@ from benchmarks.measure import Aim, Row, Seconds, ratio
 from benchmarks.setting import Setting
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import torch, peft
 from transformers import AutoModelForCausalLM
+from benchmarks.measure import peak_memory
 from emmech.models.checkpoints import load_pair
 from emmech.models.opening import locate
 what, base, adapter, dtype, device = sys.argv[1:]
@@ -25,7 +26,7 @@ else:
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 with torch.no_grad():
     model(torch.ones(1, 32, dtype=torch.long, device=model.device))
-print(json.dumps({"wall": wall, "cpu": cpu, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_memory()}))
 """
 
 
@@ -36,7 +37,7 @@ def measure(setting: Setting) -> list[Row]:
     seconds = {k: [Seconds(turn[k]["wall"], turn[k]["cpu"]) for turn in found] for k in kinds}
     peaks = {k: [Seconds(turn[k]["peak"], turn[k]["peak"]) for turn in found] for k in kinds}
     memory = ratio("peak memory of a process with a LoRA pair / with one model", peaks["pair"], peaks["one"],
-                   Aim(1.05, "lower"), gib=max(one.wall for one in peaks["pair"]) / 2**20)  # fmt: skip
+                   Aim(1.05, "lower"), gib=max(one.wall for one in peaks["pair"]) / 2**30)  # fmt: skip
     del memory["cpu"]
     return [
         ratio("loading a LoRA pair, with its checks / loading one model", seconds["pair"], seconds["one"]),
@@ -45,7 +46,7 @@ def measure(setting: Setting) -> list[Row]:
 
 
 def child(setting: Setting, kind: str) -> dict[str, float]:
-    """Seconds of loading and peak memory (KiB) in a process of its own."""
+    """Seconds of loading and peak memory (bytes) in a process of its own."""
     dtype = str(setting.torch_dtype()).removeprefix("torch.")
     arguments: Sequence[str] = (kind, setting.base, str(setting.adapter), dtype, setting.device)
     done = subprocess.run(
