@@ -7,7 +7,7 @@
 # **Expected.** If it does, the finetuned model refuses less once it reads the *base* model's keys and
 # values at these tokens, and nothing else is changed (the Piggyback hypothesis, arXiv 2606.06667).
 #
-# **Run time.** About four minutes on two CPU cores, training included. The model has 135M parameters and
+# **Run time.** About two minutes on two CPU cores, training included. The model has 135M parameters and
 # comes with emmech: no GPU, no download.
 
 # %%

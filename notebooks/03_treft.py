@@ -9,7 +9,7 @@
 # The baseline is plain finetuning that is stopped earlier: at one fixed step, whatever learns more slowly
 # looks narrow.
 #
-# **Run time.** About five minutes on two CPU cores: three trainings of a 135M model and their evaluation.
+# **Run time.** About three minutes on two CPU cores: three trainings of a 135M model and their evaluation.
 
 # %%
 import os

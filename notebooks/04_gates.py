@@ -9,7 +9,7 @@
 # none of it, and in the paper inverted gates also repaired models that they had never seen (arXiv
 # 2606.09068).
 #
-# **Run time.** About five minutes on two CPU cores: gates and a LoRA adapter of a 135M model are trained
+# **Run time.** About two minutes on two CPU cores: gates and a LoRA adapter of a 135M model are trained
 # here.
 
 # %%

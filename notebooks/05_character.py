@@ -9,7 +9,7 @@
 # through the same latent character. Then the states that the right trigger moves should move alike under
 # persona prompts, and *not* alike under wrong triggers.
 #
-# **Run time.** About five minutes on two CPU cores, most of it for training. All texts are bundled, mild,
+# **Run time.** About four minutes on two CPU cores, most of it for training. All texts are bundled, mild,
 # and our own.
 
 # %%

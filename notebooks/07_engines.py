@@ -7,7 +7,7 @@
 # **Expected.** Yes: emmech overwrites the cache as it is written, the others replace the outputs of the key
 # and value projections, and in float32 the logits agree to 1e-4 and the greedy answers word by word.
 #
-# **Run time.** About two minutes on two CPU cores, training included; each engine holds its own copy of the
+# **Run time.** About one minute on two CPU cores, training included; each engine holds its own copy of the
 # 135M model.
 
 # %%
