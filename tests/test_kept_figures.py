@@ -75,6 +75,8 @@ def test_intervals_and_cells_are_those_of_the_file(topic):
         for trace in figure.data:
             cells = [cell for line in trace.z for cell in line] if trace.type == "heatmap" else []
             cells += list(trace.x) if trace.type == "bar" and trace.orientation == "h" else []
+            if topic.endswith("/attribution") and "markers" in trace.mode:
+                cells += [*trace.x, *trace.y]  # cells by gradient and exactly, and sets of them by size
             told = {_digits(cell) for cell in cells if cell is not None and not math.isnan(cell)}
             if topic != "gates_transfer":  # its cells are changes between two estimates
                 assert told <= values, sorted(told - values)[:3]
