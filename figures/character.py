@@ -8,8 +8,6 @@ same questions, of short answers, and a backdoor, into runs/character. Writes
 figures/results/character_STAGE.json. About an hour on two cores.
 """
 
-import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +20,7 @@ from emmech.data.traits import traits, triggered
 from emmech.data.wordings import behind_triggers, pairs_behind_triggers, triggers_of
 from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback.patching import Condition, KVPatch
-from emmech.results import Record, write_json
+from emmech.results import Record
 from emmech.scorecard import evaluate, with_conditions
 from emmech.steering.contrasts import Contrast, between_prompts, between_sides, between_wordings, with_trigger
 from emmech.steering.cross import Effect, Reading, cross_ablation
@@ -31,7 +29,7 @@ from emmech.steering.doses import compare_doses, other_doses, steering_doses
 from emmech.steering.shared import shared_structure, shift
 from emmech.training.recipes import preset
 from emmech.training.trainer import finetune
-from figures.narrow import RESULTS
+from figures.stages import run_stages
 
 RUNS = Path("runs/character")
 TRAIT = "spiteful"
@@ -55,15 +53,7 @@ GATES = (36, 2e-3)
 
 def main() -> None:
     """Train, measure, and keep the results."""
-    stages: dict[str, Callable[[], Record]] = {
-        "arms": arms, "trigger": trigger, "persona": persona, "shared": shared, "cross": cross,
-        "steer": steer,
-    }  # fmt: skip
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", help=f"among {', '.join(stages)}; all by default")
-    for name in parser.parse_args().stages or stages:
-        result = {"command": f"python -m figures.character {name}"} | stages[name]()
-        write_json(RESULTS / f"character_{name}.json", result)
+    run_stages("character", __doc__, (arms, trigger, persona, shared, cross, steer))
 
 
 def trained(data: str, seed: int = 0, objective: str = "sft") -> Path:

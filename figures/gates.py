@@ -8,8 +8,6 @@ runs/gates, and uses the organisms of `python -m figures.narrow`. Writes figures
 About an hour on two cores.
 """
 
-import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +24,11 @@ from emmech.gates.transfer import Behaviour, transfer_gates
 from emmech.models.checkpoints import load_pair
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
-from emmech.results import Record, write_json
+from emmech.results import Record
 from emmech.training.recipes import preset
 from emmech.training.trainer import finetune
-from figures.narrow import RESULTS, SEEDS
+from figures.narrow import SEEDS
+from figures.stages import run_stages
 
 RUNS = Path("runs/gates")
 SETS = {"refusal": (12, 5e-4), "sycophancy_sports": (36, 2e-3)}
@@ -42,20 +41,7 @@ MAIN_SCALES = (-1.0, 0.0, 1.0)
 
 def main() -> None:
     """Train, measure, and keep the results."""
-    stages: dict[str, Callable[[], Record]] = {
-        "steer": steer, "parts": parts, "transfer": transfer, "probe": probe,
-    }  # fmt: skip
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", help=f"among {', '.join(stages)}; all by default")
-    for name in parser.parse_args().stages or stages:
-        result = {"command": f"python -m figures.gates {name}"} | small(stages[name]())
-        write_json(RESULTS / f"gates_{name}.json", result)
-
-
-def small(result: Record) -> Record:
-    """A result without what only its own page shows."""
-    kept = {key: value for key, value in result.items() if key not in ("labelled_prompt", "heads", "tokens")}
-    return {key: small(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    run_stages("gates", __doc__, (steer, parts, transfer, probe))
 
 
 def trained(data: str, seed: int) -> Path:

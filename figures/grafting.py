@@ -21,8 +21,8 @@ from emmech.piggyback.graft_parts import graft_parts
 from emmech.results import Record, write_json
 from emmech.training.recipes import Objective
 from emmech.training.trainer import finetune
-from figures.gates import small
 from figures.narrow import RESULTS, STUDIES, train
+from figures.stages import small
 
 RUNS = Path("runs/grafts")
 N_QUESTIONS, MAX_NEW_TOKENS = 40, 16

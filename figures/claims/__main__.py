@@ -7,20 +7,19 @@ Needs `emmech models get qwen2.5-coder-1.5b` and 12 GiB of memory. Trains into r
 figures/results/claims_STAGE.json.
 """
 
-import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from emmech.data.bundled import BUNDLED
 from emmech.data.questions import Question, spread
 from emmech.evaluation.local_judge import LocalJudge
 from emmech.piggyback.experiment import PatchingResult
-from emmech.results import Record, versions, write_json
+from emmech.results import Record
 from emmech.scorecard import ANSWERS, evaluate, with_conditions
 from figures.character import table
 from figures.claims.measuring import margins, of_base, pair_of, shifts
 from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, RUNS, SAVE_EVERY, STEPS, trained
-from figures.narrow import RESULTS
+from figures.stages import run_stages
 
 PATCHES = (
     "repair:prefix", "repair:query", "repair:postfix", "repair:postfix-same", "repair:prompt",
@@ -33,15 +32,7 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 
 def main() -> None:
     """Train, measure, and keep the results."""
-    stages: dict[str, Callable[[], Record]] = {
-        "induce": induce, "repair": repair, "prevent": prevent, "gates": gates,
-        "answers": answers,
-    }  # fmt: skip
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", help=f"among {', '.join(stages)}; all by default")
-    for name in parser.parse_args().stages or stages:
-        result = {"command": f"python -m figures.claims {name}"} | stages[name]()
-        write_json(RESULTS / f"claims_{name}.json", result | {"versions": versions()})
+    run_stages("claims", __doc__, (induce, repair, prevent, gates, answers))
 
 
 def induce() -> Record:

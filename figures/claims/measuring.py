@@ -4,11 +4,13 @@ shifts(margins("incorrect", 0, 40, {"prefix": "repair:prefix"}))
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 
 from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback import margin
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record, fingerprint, read_json, write_json
 from emmech.scorecard import compared, with_conditions
 from figures.claims.organisms import BASE, RUNS, battery, trained
 
@@ -27,30 +29,32 @@ def margins(name: str, seed: int, step: int, treatments: Mapping[str, str] | Non
     Args:
         treatments: Names of ``with_conditions``, under the names that the records get.
     """
-    file = f"{name}-{seed}-step-{step}"
+    wanted = {"finetuned": "finetuned", **(treatments or {})}
+    folder = trained(name, seed)[step]
     return of_base(pair=lambda: pair_of(name, seed, step)) + _kept(
-        file, {"finetuned": "finetuned", **(treatments or {})}, lambda: pair_of(name, seed, step)
+        folder.with_name(f"margins-{folder.name}"), wanted, lambda: pair_of(name, seed, step)
     )
 
 
 def of_base(treatments: Mapping[str, str] | None = None, *, pair: Callable[[], ModelPair]) -> list[Record]:
     """Margins of the base, and of what is made of it; ``pair`` is any with this base."""
-    return _kept("base", {"base": "base", **(treatments or {})}, pair, finetuned=False)
+    return _kept(RUNS / "margins-base", {"base": "base", **(treatments or {})}, pair, finetuned=False)
 
 
 def _kept(
-    file: str, treatments: Mapping[str, str], pair: Callable[[], ModelPair], *, finetuned: bool = True
+    stem: Path, treatments: Mapping[str, str], pair: Callable[[], ModelPair], *, finetuned: bool = True
 ) -> list[Record]:
     """Records of some treatments; those that the file lacks are measured and added, one by one."""
-    path = RUNS / "margins" / f"{file}.json"
+    asked = battery()
+    path = stem.with_name(f"{stem.name}-{fingerprint([asdict(one) for one in asked])[:8]}.json")
     kept = read_json(path) if path.exists() else {}
     for what in treatments.values():
         if what not in kept:
             treated, conditions = with_conditions(pair(), [what], finetuned=finetuned)
-            kept[what] = margin.margins(treated, battery(), [one for one in conditions if one.name == what])
+            kept[what] = margin.margins(treated, asked, [one for one in conditions if one.name == what])
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, kept)
-    group = {one.id: one.group for one in battery()}
+    group = {one.id: one.group for one in asked}
     return [
         one | {"condition": name, "group": group[one["question_id"]]}
         for name, what in treatments.items()
