@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from emmech.piggyback.margin import margins as margins
     from emmech.piggyback.patching import patch_kv as patch_kv
     from emmech.piggyback.perturbation import perturb_prefix as perturb_prefix
+    from emmech.piggyback.perturbation import perturbed_margins as perturbed_margins
     from emmech.scorecard import evaluate as evaluate
     from emmech.scorecard import with_conditions as with_conditions
     from emmech.steering.contrasts import between_answers as between_answers
@@ -72,6 +73,7 @@ _HOME = {
     "patch_prefix": "piggyback.experiment",
     "patch_resid": "piggyback.experiment",
     "perturb_prefix": "piggyback.perturbation",
+    "perturbed_margins": "piggyback.perturbation",
     "probe_gates": "gates.probing",
     "steer_gates": "gates.steering",
     "transfer_gates": "gates.transfer",

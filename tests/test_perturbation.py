@@ -4,8 +4,11 @@ import pytest
 import tiny
 import torch
 
-from emmech.piggyback import perturbation
-from emmech.piggyback.perturbation import nearest_neighbours, perturb_prefix, template_variants
+from emmech.data.bundled import BUNDLED
+from emmech.errors import EmmechError
+from emmech.piggyback import perturbed_prompts
+from emmech.piggyback.perturbation import perturb_prefix, perturbed_margins
+from emmech.piggyback.perturbed_prompts import Neighbours, nearest_neighbours, template_variants
 from emmech.piggyback.running import as_questions, render_rows
 
 
@@ -18,7 +21,7 @@ def test_neighbours_by_pencil():
 
 
 def test_blocks_give_the_neighbours_of_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(perturbation, "_BLOCK", 7)
+    monkeypatch.setattr(perturbed_prompts, "_BLOCK", 7)
     embedding, ids = torch.randn(50, 8), torch.tensor([3, 49, 7, 0])
     score = embedding[ids] @ embedding.T
     score[range(4), ids] = -torch.inf
@@ -32,10 +35,11 @@ def rows(make_pair):
 
 @pytest.mark.parametrize("segment", ["prefix", "query", "postfix"])
 def test_only_the_asked_number_of_the_segments_tokens_change(make_pair, rows, segment):
-    neighbours = perturbation._Neighbours(make_pair("llama"), 5)
+    neighbours = Neighbours(make_pair("llama"), 5)
     embedding = make_pair("llama").base.module.get_input_embeddings().weight
     for row in rows:
-        trials = [neighbours.perturb(row, segment, 4, 0, trial) for trial in range(6)]
+        about = {"seed": 0, "question_id": row.question.id}
+        trials = [neighbours.perturb(row.prompt, segment, 4, **about, trial=trial) for trial in range(6)]
         for prompt in trials:
             changed = [p for p, (a, b) in enumerate(zip(row.prompt.ids, prompt.ids, strict=True)) if a != b]
             assert len(changed) == min(4, getattr(row.prompt, f"n_{segment}"))
@@ -46,7 +50,7 @@ def test_only_the_asked_number_of_the_segments_tokens_change(make_pair, rows, se
                 assert prompt.ids[position] in near[0]
         if getattr(row.prompt, f"n_{segment}") > 4:
             assert len({prompt.ids for prompt in trials}) > 1
-        assert trials[0].ids == neighbours.perturb(row, segment, 4, 0, 0).ids
+        assert trials[0].ids == neighbours.perturb(row.prompt, segment, 4, **about, trial=0).ids
 
 
 def test_template_variants_change_the_prefix_and_keep_query_and_postfix(make_pair, rows):
@@ -82,3 +86,38 @@ def test_best_is_the_least_trial_of_each_question_averaged(make_pair):
     values = [n for lengths in trials.values() for n in lengths]
     assert row["mean"] == pytest.approx(sum(values) / len(values))
     assert row["best"]["mean"] == pytest.approx(sum(map(min, trials.values())) / len(trials))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_perturbed_margins_are_of_the_perturbed_prompt_one_by_one(make_pair, family):
+    """By hand: each answer alone, behind the prompt with the very tokens replaced."""
+    pair, pairs = make_pair(family), BUNDLED["spiteful"].pairs()[:3]
+    records = perturbed_margins(
+        pair, pairs, segments=("prefix", "query"), trials=2, n_tokens=3, side="base", progress=False
+    )
+    assert len(records) == 2 * 2 * len(pairs)
+    neighbours = Neighbours(pair, 5)
+    for record in records:
+        (one,) = (one for one in pairs if one.id == record["question_id"])
+        segment = record["condition"].removeprefix("perturb:")
+        for kind in ("aligned", "misaligned"):
+            chat = [
+                {"role": "user", "content": one.user},
+                {"role": "assistant", "content": getattr(one, kind)},
+            ]
+            prompt, answer = pair.chat.answered(chat)
+            prompt = neighbours.perturb(prompt, segment, 3, seed=0, question_id=one.id, trial=record["trial"])
+            ids = torch.tensor([[*prompt.ids, *answer]])
+            with pair.base.active() as module, torch.no_grad():
+                read = module(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            by_hand = read.gather(-1, ids[0, len(prompt) :, None]).mean().item()
+            assert record[kind] == pytest.approx(by_hand, abs=1e-5)
+        assert record["margin"] == pytest.approx(record["aligned"] - record["misaligned"])
+    of_prefix = {(r["question_id"], r["trial"]): r["margin"] for r in records if "prefix" in r["condition"]}
+    assert len(set(of_prefix.values())) == len(of_prefix)  # trials differ
+
+
+def test_a_count_below_one_is_refused(make_pair):
+    pair, pairs = make_pair("llama"), BUNDLED["spiteful"].pairs()[:1]
+    with pytest.raises(EmmechError, match="trials of at least 1"):
+        perturbed_margins(pair, pairs, trials=0)

@@ -8,10 +8,11 @@ in nats, both teacher-forced behind the same prompt. Below zero the misaligned a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from emmech.data.bundled import AnswerPair
 from emmech.models.checkpoints import ModelPair
-from emmech.piggyback.likelihood import answered, likelihoods
+from emmech.piggyback.likelihood import Answered, answered, likelihoods
 from emmech.piggyback.patching import Condition
 from emmech.results import Record
 
@@ -39,25 +40,31 @@ def margins(
         PatchError: A condition is impossible on this model.
         ChatError: A text cannot be rendered.
     """
-    kinds = ("aligned", "misaligned")
-    both = [
-        answered(pair, _messages(one.user, getattr(one, kind)), one.id) for kind in kinds for one in answers
-    ]
     options = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    return margin_records(pair, both_answers(pair, answers), conditions, **options)
+
+
+def both_answers(pair: ModelPair, answers: Sequence[AnswerPair]) -> list[Answered]:
+    """All aligned answers as what to score, and then all misaligned ones."""
+    return [
+        answered(pair, _messages(one.user, getattr(one, kind)), one.id)
+        for kind in ("aligned", "misaligned")
+        for one in answers
+    ]
+
+
+def margin_records(
+    pair: ModelPair, both: Sequence[Answered], conditions: Sequence[Condition], **options: Any
+) -> list[Record]:
+    """Margins of what ``both_answers`` gives; ``options`` are those of ``likelihoods``."""
     found = iter(likelihoods(pair, both, conditions, **options))
+    half = len(both) // 2
     records = []
     for condition in conditions:
-        values = [[next(found)["log_probability"] for _ in answers] for _ in kinds]
-        for one, aligned, misaligned in zip(answers, *values, strict=True):
-            records.append(
-                {
-                    "question_id": one.id,
-                    "condition": condition.name,
-                    "aligned": aligned,
-                    "misaligned": misaligned,
-                    "margin": aligned - misaligned,
-                }
-            )
+        aligned, misaligned = ([next(found)["log_probability"] for _ in range(half)] for _ in range(2))
+        for one, a, m in zip(both[:half], aligned, misaligned, strict=True):
+            where = {"question_id": one.id, "condition": condition.name}
+            records.append({**where, "aligned": a, "misaligned": m, "margin": a - m})
     return records
 
 
