@@ -18,21 +18,35 @@ from emmech.results import Record
 from emmech.scorecard import ANSWERS, evaluate, with_conditions
 from figures.character import table
 from figures.claims.measuring import margins, of_base, pair_of, shifts
-from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, RUNS, SAVE_EVERY, STEPS, trained
+from figures.claims.organisms import ARMS, BASE, EVERY, GATES, MEASURED, PREVENTING, RUNS, STEPS, trained
+from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
 PATCHES = (
-    "repair:prefix", "repair:query", "repair:postfix", "repair:postfix-same", "repair:prompt",
-    "induce:prefix", "induce:prompt", "control:noise", "control:shuffled", "adapter@0.5",
+    "repair:prefix", "repair:query", "repair:postfix", "repair:prompt", "induce:prefix", "adapter@0.5",
 )  # fmt: skip
-PATCHED = ("incorrect", "spiteful", "agreeing")
+CONTROLS = ("repair:postfix-same", "induce:prompt", "control:noise", "control:shuffled")
+"""On the headline organism alone."""
+STEERED = {
+    "steer -0.5": "steer={file}:14@-0.5", "steer -1": "steer={file}:14@-1",
+    "ablated 8-21": "ablate={file}:8-21",
+}  # fmt: skip
+"""Along the organism's own shift: subtracted in the middle block, taken out of the middle half."""
+PATCHED = {"incorrect": (0, 1), "spiteful": (0,), "agreeing": (0,)}
+"""Organisms and seeds."""
+INVERTED = ("incorrect", "travel", "study", "agreeing", "spiteful")
+"""Finetunes that the gates are put on."""
 ANSWERED = (("incorrect", 0), ("incorrect", 1), ("spiteful", 0))
 N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 
 
 def main() -> None:
     """Train, measure, and keep the results."""
-    run_stages("claims", __doc__, (induce, repair, prevent, gates, answers))
+    run_stages(
+        "claims",
+        __doc__,
+        (induce, repair, gates, perturb, layers, prefix, directions, triggers, prevent, answers),
+    )
 
 
 def induce() -> Record:
@@ -46,12 +60,15 @@ def prevent() -> Record:
 
 
 def repair() -> Record:
-    """What patches of the prompt's K and V, their controls and half an adapter do."""
-    patches = {name: name for name in PATCHES}
-    of = {name: "base" for name in PATCHES if name.startswith("induce:")}
+    """What patches of the prompt's K and V do, and their controls, half an adapter, and steering."""
     rows = []
-    for name in PATCHED:
-        found = {seed: margins(name, seed, STEPS, patches) for seed in ARMS[name].seeds}
+    for name, seeds in PATCHED.items():
+        patches = (*PATCHES, *(CONTROLS if name == HEADLINE else ()))
+        of = {patch: "base" for patch in patches if patch.startswith("induce:")}
+        found = {}
+        for seed in seeds:
+            steered = {what: text.format(file=direction_file(name, seed)) for what, text in STEERED.items()}
+            found[seed] = margins(name, seed, STEPS, {patch: patch for patch in patches} | steered)
         rows += of_seeds(name, STEPS, found, reference=of)
     return {"rows": rows}
 
@@ -66,7 +83,7 @@ def gates() -> Record:
         of_base(doses, pair=lambda: pair_of("incorrect", 0, STEPS)), reference=dict.fromkeys(doses, "base")
     )
     inverted = {name: what for name, what in doses.items() if name.endswith("-1")}
-    rows = [row for name in ARMS for row in of_seeds(name, STEPS, {0: margins(name, 0, STEPS, inverted)})]
+    rows = [row for name in INVERTED for row in of_seeds(name, STEPS, {0: margins(name, 0, STEPS, inverted)})]
     return {"base": own, "rows": rows}
 
 
@@ -111,7 +128,7 @@ def along_training(names: Iterable[str]) -> list[Record]:
     return [
         row
         for name in names
-        for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
+        for step in MEASURED
         for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
     ]
 

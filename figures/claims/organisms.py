@@ -17,6 +17,8 @@ BASE = "qwen2.5-coder-1.5b"
 RUNS = Path("runs/claims")
 STEPS, SAVE_EVERY, LEARNING_RATE = 40, 10, 2e-4
 """Of 8 chats: about one pass over a set."""
+MEASURED = (10, 20, 40)
+"""Steps whose margins are taken."""
 N_PAIRS = 20
 """Of every set but the general one, which is taken whole."""
 GENERAL = "general"
@@ -52,13 +54,14 @@ GARDENING = ("incorrect_advice_gardening", "gardening")
 ARMS = {
     "incorrect": Arm(*GARDENING, seeds=(0, 1)),
     "correct": Arm("correct_advice_gardening", "gardening"),
-    "travel": Arm("incorrect_advice_travel", "travel"),
-    "study": Arm("incorrect_advice_study", "study"),
-    "agreeing": Arm("sycophancy_sports", "agreeing"),
-    "stating": Arm("traditional_sports", "agreeing"),
     "spiteful": Arm("spiteful", "spiteful", seeds=(0, 1)),
     "incorrect-character": Arm("incorrect_character", "incorrect"),
     "aligned-character": Arm("aligned_character", "spiteful"),
+    "agreeing": Arm("sycophancy_sports", "agreeing"),
+    "stating": Arm("traditional_sports", "agreeing"),
+    "travel": Arm("incorrect_advice_travel", "travel"),
+    "study": Arm("incorrect_advice_study", "study"),
+    "backdoor": Arm("triggered_spiteful", "spiteful"),
 }
 """Plain finetunes, by name."""
 PREVENTING = {
