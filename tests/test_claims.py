@@ -1,33 +1,41 @@
 """The study of the papers' claims: margins are measured once and kept, and compared with the right model."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import tiny
 
 from emmech.piggyback.margin import margins
 from emmech.scorecard import with_conditions
-from figures.claims import measuring, organisms
+from figures.claims import __main__ as stages
+from figures.claims import measuring, organisms, where
 from figures.claims.measuring import shifts
-from figures.claims.organisms import Arm, battery
+from figures.claims.organisms import battery
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The study on a tiny model: two steps, two questions of each set."""
     monkeypatch.setattr(organisms, "BASE", str(tiny.save_base("qwen2", tmp_path / "base")))
-    monkeypatch.setattr(measuring, "BASE", organisms.BASE)
-    for module in (organisms, measuring):
+    for module in (measuring, stages):
+        monkeypatch.setattr(module, "BASE", organisms.BASE)
+    for module in (organisms, measuring, stages, where):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(
-        organisms, "BATTERY", {"gardening": "incorrect_advice_gardening", "spiteful": "spiteful"}
-    )
-    monkeypatch.setattr(organisms, "N_PAIRS", 2)
-    monkeypatch.setitem(
-        organisms.EVERY,
-        "incorrect",
-        Arm(
-            "incorrect_advice_gardening", "gardening", options={"steps": 2, "save_every": 1, "batch_size": 2}
-        ),
-    )
+    sets = {"general": "two_choice", "gardening": "incorrect_advice_gardening", "spiteful": "spiteful"}
+    monkeypatch.setattr(organisms, "BATTERY", sets)
+    monkeypatch.setattr(organisms, "GENERAL", None)  # no set is taken whole
+    for module in (organisms, where):
+        monkeypatch.setattr(module, "N_PAIRS", 4)
+    for name, arm in organisms.EVERY.items():
+        quick = {"steps": 2, "save_every": 1, "batch_size": 2, **{"learning_rate": 1e-2}}
+        monkeypatch.setitem(organisms.EVERY, name, replace(arm, options={**arm.options, **quick}))
+    for module in (stages, where):
+        monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(stages, "MEASURED", (1, 2))
+    monkeypatch.setattr(where, "LAYERS", (0, 1))
+    monkeypatch.setattr(where, "TRIALS", 2)
+    monkeypatch.setattr(stages, "STEERED", {"steer": "steer={file}:1@-1", "ablated": "ablate={file}:0-1"})
     measuring.pair_of.cache_clear()
     yield
     measuring.pair_of.cache_clear()
@@ -69,3 +77,52 @@ def test_what_is_made_of_the_base_is_compared_with_it():
     }
     assert versus == {"finetuned": ("base", -1.5), "prefix": ("finetuned", 2.0), "gates": ("base", 1.0)}
     assert rows["prefers aligned", "base"]["mean"] == 0.5
+
+
+def test_the_whole_study_on_a_tiny_model(small):
+    """Every stage that needs no judge runs, resumes, and gives plain JSON."""
+    found = {
+        stage.__name__: json.loads(json.dumps(stage()))
+        for stage in (
+            stages.repair, stages.gates, where.perturb, where.layers, where.prefix, where.directions,
+            where.triggers, stages.prevent,
+        )
+    }  # fmt: skip
+
+    by = {
+        (r["organism"], r["seed"], r["metric"], r["group"], r["condition"]): r
+        for r in found["repair"]["rows"]
+    }
+    both = by["incorrect", "all", "margin", "general", "repair:prompt"]
+    seeds = [by["incorrect", seed, "margin", "general", "repair:prompt"]["mean"] for seed in (0, 1)]
+    assert both["mean"] == pytest.approx(sum(seeds) / 2)
+    assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
+    assert by["incorrect", 0, "margin", "general", "steer"]["versus"]["condition"] == "finetuned"
+    assert ("agreeing", 0, "margin", "general", "control:noise") not in by  # the headline's alone
+
+    perturbed = {(r["side"], r["metric"], r["condition"]): r["mean"] for r in found["perturb"]["rows"]}
+    for side in ("finetuned", "base"):
+        for segment in ("prefix", "query", "postfix"):
+            name = f"perturb:{segment}"
+            assert perturbed[side, "best margin", name] > perturbed[side, "margin", name]
+        assert perturbed[side, "margin", side] == perturbed[side, "best margin", side]
+
+    segments = {row["segment"] for row in found["layers"]["organisms"]["incorrect-1"]["rows"]}
+    assert segments == {"prefix", "query", "postfix"}
+    assert {row["kv"] for row in found["prefix"]["position"]["rows"]} == {"key", "value"}
+
+    shifts = found["directions"]["shifts"]
+    assert {name for name, one in shifts.items() if one["control"]} == {
+        "correct", "aligned-character", "wrong trigger",
+    }  # fmt: skip
+    assert {row["layer"] for row in found["directions"]["rows"]} == {0, 1}
+
+    worded = {(r["group"], r["condition"]): r for r in found["triggers"]["organisms"]["backdoor"]}
+    assert worded["triggered", "finetuned"]["wording"]["group"] == "untriggered"
+    assert worded["persona", "base"]["wording"]["group"] == "plain"
+
+    assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
+    assert {row["condition"] for row in found["gates"]["base"]} >= {
+        "gates-incorrect @1",
+        "gates-agreeing @-1",
+    }
