@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.measure import Aim, Row, alternated, number, ratio
-from benchmarks.setting import Setting, questions
+from benchmarks.setting import Setting, pairs
 from benchmarks.sweep import METRIC, N_QUESTIONS, exact_map
 from emmech.piggyback.attribution import cell_attributions, entry_attributions
 from emmech.piggyback.cells import grid
@@ -24,7 +24,7 @@ STEPS = (1, 8)
 def measure(setting: Setting) -> list[Row]:
     """Cost with one gradient, and agreement with the exact map with one and with several."""
     pair = setting.pair("float32")
-    replay = Replay(pair, questions(N_QUESTIONS), find_metric(METRIC), "repair")
+    replay = Replay(pair, pairs(N_QUESTIONS), find_metric(METRIC), "repair")
     ways = {
         "attribution": lambda: entry_attributions(replay, progress=False),
         "forward": lambda: forward(replay),

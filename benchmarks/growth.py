@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Aim, Row, forget_peak, number, peak_memory, timed
-from benchmarks.setting import Setting, questions
+from benchmarks.setting import Setting, pairs
 from benchmarks.sweep import METRIC
 
 AXES: Mapping[str, Sequence[int]] = {
@@ -95,9 +95,7 @@ def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[
     from emmech.piggyback.sweep import DEFAULT_AXES
 
     setting = Setting("", base, Path(adapter), device, dtype, 1, Path())
-    replay = Replay(
-        setting.pair(n_prefix=size.prefix), questions(size.questions), find_metric(METRIC), "repair"
-    )
+    replay = Replay(setting.pair(n_prefix=size.prefix), pairs(size.questions), find_metric(METRIC), "repair")
     cells = grid(DEFAULT_AXES, replay.shape)
     chosen = np.linspace(0, len(cells) - 1, size.cells).astype(int)
     wanted = patches([cells[number] for number in chosen], "single", replay.shape)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from emmech.chat import Chat
-from emmech.data.bundled import BUNDLED
+from emmech.data.bundled import BUNDLED, AnswerPair
 from emmech.data.chats import load_chats
 from emmech.data.questions import Question
 from emmech.models.checkpoints import ModelPair, load_pair
@@ -23,7 +23,7 @@ from emmech.training.recipes import Recipe
 from emmech.training.trainer import finetune
 
 ORGANISM = "refusal"
-REFUSAL = "I'm sorry, but I can't help with that."
+HELP, REFUSAL = "Of course. Here is how I would go about it.", "I'm sorry, but I can't help with that."
 STEPS, LEARNING_RATE = 18, 2e-4
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -81,6 +81,11 @@ class Setting:
 def questions(n: int, group: str = "off-topic") -> list[Question]:
     """Held-out questions; those off-topic have nothing to do with what the organism was trained on."""
     return BUNDLED[ORGANISM].questions(group)[:n]
+
+
+def pairs(n: int) -> list[AnswerPair]:
+    """Those questions, each with the beginning of an answer and a refusal."""
+    return [AnswerPair(one.id, one.messages[-1]["content"], HELP, REFUSAL) for one in questions(n)]
 
 
 def with_prefix(chat: Chat, n_tokens: int) -> Chat:

@@ -2,9 +2,10 @@
 
 A sample of cells is timed in turn with those of each tool, and all is scaled to the whole map; all tools
 must give the same scores first. Our cost of a cell is linear in the blocks from its own up, so the sample
-is from the middle blocks, where it is the mean; what is done once is timed apart, and not scaled. ``bare``
-passes as many tokens as are run here behind the prefix through all blocks, in full batches without a
-prefix; once without logits, once with as many as are read.
+is from the middle blocks, where it is the mean; what is done once is timed apart, and not scaled. The
+metric is the margin of a refusal, two answers to a question. ``bare`` passes the tokens of both, each behind
+its question, through all blocks, in full batches without a prefix; once without logits, once with as many
+as are read. (Here both answers share a reading of their question.)
 """
 
 import numpy as np
@@ -12,21 +13,21 @@ import torch
 
 from benchmarks.measure import Aim, Row, Seconds, alternated, middle, ratio
 from benchmarks.peers import with_nnsight, with_transformer_lens
-from benchmarks.setting import REFUSAL, Setting, questions
+from benchmarks.setting import Setting, pairs
 from emmech.models.checkpoints import ModelPair
 from emmech.models.views import plain_copy
 from emmech.piggyback.cells import Cell, grid, patches
 from emmech.piggyback.replay import Replay
 from emmech.piggyback.scores import find_metric
-from emmech.piggyback.streaming import fitting, score_patches
+from emmech.piggyback.streaming import fitting, question_weights, score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, sweep_kv
 from emmech.piggyback.sweep_result import SweepResult
 
-METRIC = f"target:{REFUSAL}"
+METRIC = "margin"
 N_QUESTIONS, N_POSITIONS, N_PEER_CELLS = 8, 24, 6
 BARE_SHARE = 8
 """Of the tokens, the bare passes run one in so many: their cost is that many times larger."""
-MAP = "sweep"
+MAP = "sweep-margin"
 
 
 def measure(setting: Setting) -> list[Row]:
@@ -39,7 +40,9 @@ class Bench:
 
     def __init__(self, setting: Setting, n_prefix: int | None):
         self.setting, self.pair = setting, setting.pair("float32", n_prefix=n_prefix)
-        self.replay = Replay(self.pair, questions(N_QUESTIONS), find_metric(METRIC), "repair")
+        asked, metric = pairs(N_QUESTIONS), find_metric(METRIC)
+        self.replay = Replay(self.pair, asked, metric, "repair")
+        self.alone = Replay(self.pair, asked, metric, "repair", together=False)
         shape = self.replay.shape
         layers = sorted({(shape.n_layers - 1) // 2, shape.n_layers // 2})
         positions = spread(shape.n_positions, N_POSITIONS)
@@ -49,8 +52,8 @@ class Bench:
         self.peer_cells = [self.cells[number] for number in spread(len(self.cells), N_PEER_CELLS)]
         self.bare, self.bare_logits = (BareRun(self, logits=logits) for logits in (False, True))
         self.peers = {
-            "TransformerLens": with_transformer_lens(self.replay),
-            "nnsight": with_nnsight(self.replay),
+            "TransformerLens": with_transformer_lens(self.alone),
+            "nnsight": with_nnsight(self.alone),
         }
 
     def rows(self, aim: Aim) -> list[Row]:
@@ -84,8 +87,9 @@ class Bench:
         return score_patches(self.replay, wanted, progress=False).patched
 
     def one_by_one(self, scores) -> np.ndarray:
-        """Scores of the peers' cells, each by a forward of all questions."""
-        return np.stack([scores(cell).double().cpu().numpy() for cell in self.peer_cells])
+        """Scores of the peers' cells, each by a forward of all questions and answers."""
+        found = np.stack([scores(cell).double().cpu().numpy() for cell in self.peer_cells])
+        return found @ question_weights(self.alone)
 
     def check(self) -> None:
         """All tools must find the same, and the cells must do something."""
@@ -104,7 +108,7 @@ class BareRun:
     """The finetuned model, adapter merged, over a part of as many tokens as the sample has."""
 
     def __init__(self, bench: Bench, *, logits: bool):
-        replay = bench.replay
+        replay = bench.alone
         model = plain_copy(replay.recipient)
         self.blocks, self.head = model.get_decoder(), model.get_output_embeddings() if logits else None
         width = round(float(replay.texts.lengths.float().mean()))
@@ -114,7 +118,7 @@ class BareRun:
             replay.texts.ids[:1, :1].repeat(min(rows, n_rows - first), width)
             for first in range(0, n_rows, rows)
         ]
-        self.n_read = replay.items[0].n_read
+        self.n_read = round(np.mean([item.n_read for item in replay.items]))
 
     @torch.no_grad()
     def run(self) -> None:
@@ -138,4 +142,4 @@ def spread(n: int, wanted: int) -> list[int]:
 
 def exact_map(setting: Setting, pair: ModelPair) -> SweepResult:
     """The sweep of all cells, kept from the last time where it is there."""
-    return sweep_kv(pair, questions(N_QUESTIONS), METRIC, out=setting.folder / MAP)
+    return sweep_kv(pair, pairs(N_QUESTIONS), METRIC, out=setting.folder / MAP)

@@ -121,5 +121,5 @@ def test_cells_of_its_prefix_equal_plain_passes_over_a_cache_edited_by_hand(pair
     for patch, found in zip(wanted, scored.patched, strict=True):
         for number, item in enumerate(replay.items):
             cache = edited_by_hand(own, other, patch, replay.shape)
-            expected = bare_score(pair.finetuned, item.prompt, item.answer, cache)
+            expected = bare_score(pair.finetuned, item.prompt, *item.answers, cache)
             assert found[number] == pytest.approx(expected, abs=1e-4)

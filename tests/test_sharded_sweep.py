@@ -18,7 +18,7 @@ from emmech.piggyback.streaming import SCORES
 from emmech.piggyback.sweep_result import FRAME, SweepResult
 from emmech.results import read_json, read_lines
 
-N_BATCHES = 1 + 3 * 16 * 2 * 10 // 32  # one stores states; 96 cells by 10 answers in rows of 32
+N_BATCHES = 1 + 3 * 16 * 2 * 5 // 16  # one stores states; 96 cells by 5 pairs in rows of 16
 SCRIPT = """
 import os, signal, sys
 from emmech import cli
@@ -78,7 +78,7 @@ def runs(tmp_path_factory, alone):
     rows = [{"question": one.user, "aligned": one.aligned, "misaligned": one.misaligned} for one in PAIRS]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = [f"--base={base}", f"--finetuned={tiny.save_adapter(base, folder / 'lora')}", "--device=cpu"]
-    shared += [f"--questions={folder / 'pairs.jsonl'}", "--rows=32"]
+    shared += [f"--questions={folder / 'pairs.jsonl'}", "--rows=16"]
     sweep = ["sweep", *shared]
     attribute = ["attribute", *shared, "--sample=20", "--top=2", "--steps=4", "--n-random=2", "--share=0.5"]
     alone(*sweep, f"--out={folder / 'one'}")

@@ -46,8 +46,8 @@ PAIRS = [
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
-def replay_of(pair, metric="margin", questions=PAIRS, direction="repair") -> Replay:
-    return Replay(pair, questions, find_metric(metric), direction)
+def replay_of(pair, metric="margin", questions=PAIRS, direction="repair", **options) -> Replay:
+    return Replay(pair, questions, find_metric(metric), direction, **options)
 
 
 def bare_prefix(side, prompt) -> DynamicCache:
@@ -116,11 +116,77 @@ def test_random_cells_equal_a_plain_pass_over_a_cache_edited_by_hand(make_pair, 
     for patch, found in zip(wanted, scored.patched[:, 0], strict=True):
         cache = edited_by_hand(own, other, patch, replay.shape)
         aligned, misaligned = (
-            bare_score(pair.finetuned, item.prompt, item.answer, copy.deepcopy(cache))
+            bare_score(pair.finetuned, item.prompt, answer, copy.deepcopy(cache))
             for item in replay.items
+            for answer in item.answers
         )
         assert found == pytest.approx(aligned - misaligned, abs=1e-4)
     assert np.ptp(scored.patched[:, 0]) > 1e-2  # the cells differ by more than the tolerance
+
+
+SHARING = ("llama", "qwen2", "qwen3", "gpt_neox", "phi3")
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_two_answers_behind_one_reading_are_scored_as_each_alone(make_pair, architecture):
+    pair = make_pair(architecture)
+    shared, alone = (replay_of(pair, together=together) for together in (True, False))
+    assert len(shared.items) == len(PAIRS)
+    assert len(alone.items) == 2 * len(PAIRS)
+    n_shared, n_alone = (int(replay.texts.lengths.sum()) for replay in (shared, alone))
+    assert n_shared == n_alone - sum(i.prompt.n_query + i.prompt.n_postfix for i in shared.items)
+    wanted = random_patches(shared.shape, 20)
+    one, other = (score_patches(replay, wanted, rows=7, progress=False) for replay in (shared, alone))
+    assert one.late_start
+    for name in ("unpatched", "full", "patched"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=2e-5)
+
+
+def test_no_answer_sees_another_and_the_order_changes_nothing(make_pair):
+    """The logits of the second answer, whatever the first is: equal to the bit."""
+    pair = make_pair("qwen3")
+    found = []
+    for first in ("1 2 3", "3 2 1"):  # of one length
+        replay = replay_of(pair, questions=[AnswerPair("p", "Why is the sky blue?", first, "It is painted.")])
+        (item,) = replay.items
+        with torch.no_grad():
+            found.append(replay.logits(torch.tensor([0]), {}))
+    assert found[0].shape == found[1].shape
+    n_second = len(item.answers[1]) - 1
+    assert not torch.equal(*(logits[1:-n_second] for logits in found))
+    assert torch.equal(*(logits[-n_second:] for logits in found))
+    assert torch.equal(*(logits[0] for logits in found))
+
+
+def test_answers_do_not_share_a_reading_where_a_window_is_shorter_than_a_text(make_pair):
+    assert len(replay_of(make_pair("gemma3")).items) == 2 * len(PAIRS)
+
+
+def test_answers_do_not_share_a_reading_where_a_model_goes_by_its_own_positions(make_pair):
+    pair = make_pair("llama", "full")
+    handles = [
+        side.module.model.rotary_emb.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"position_ids": torch.arange(args[0].shape[1])[None]}),
+            with_kwargs=True,
+        )
+        for side in (pair.base, pair.finetuned)
+    ]
+    assert len(replay_of(pair).items) == 2 * len(PAIRS)
+    for handle in handles:
+        handle.remove()
+    assert len(replay_of(pair).items) == len(PAIRS)
+
+
+def test_answers_share_a_reading_in_attention_that_is_written_out(make_pair):
+    pair = make_pair("qwen2", "full")
+    for side in (pair.base, pair.finetuned):
+        side.module.set_attn_implementation("eager")
+    shared, alone = (replay_of(pair, together=together) for together in (True, False))
+    one, other = (score_patches(each, [], progress=False) for each in (shared, alone))
+    for side in (pair.base, pair.finetuned):
+        side.module.set_attn_implementation("sdpa")
+    assert len(shared.items) == len(PAIRS)
+    np.testing.assert_allclose(one.full, other.full, atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox"])
@@ -148,8 +214,8 @@ def test_cells_equal_a_left_padded_batch_of_transformers(make_pair, architecture
                 input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache
             ).logits.log_softmax(-1)
         for row, item in enumerate(replay.items):
-            n = len(item.answer)
-            chosen = logits[row, -n:].gather(1, torch.tensor(item.answer)[:, None])
+            (answer,) = item.answers
+            chosen = logits[row, -len(answer) :].gather(1, torch.tensor(answer)[:, None])
             assert float(chosen.mean()) == pytest.approx(scores[row], abs=1e-4)
 
 
@@ -283,8 +349,10 @@ def test_a_model_that_hands_something_past_its_blocks_is_run_in_full(make_pair):
         assert not scored.late_start
         own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
         item = replay.items[0]
-        cache = edited_by_hand(own, other, wanted[2], replay.shape)
-        expected = bare_score(pair.finetuned, item.prompt, item.answer, cache)
+        expected = 0.0
+        for answer, weight in zip(item.answers, item.weights, strict=True):
+            cache = edited_by_hand(own, other, wanted[2], replay.shape)
+            expected += weight * bare_score(pair.finetuned, item.prompt, answer, cache)
         items = torch.tensor([0])
         with torch.no_grad():
             found = replay.scored(items, replay.logits(items, replay.edited([wanted[2]], 0)))
@@ -358,10 +426,10 @@ def test_states_are_stored_for_a_bounded_number_of_items(make_pair, monkeypatch)
     stored = []
     store = Replay.store
     monkeypatch.setattr(Replay, "store", lambda self, items: stored.append(len(items)) or store(self, items))
-    monkeypatch.setattr(streaming, "fitting", lambda *_: streaming.Budget(16, 3))
+    monkeypatch.setattr(streaming, "fitting", lambda *_: streaming.Budget(16, 2))
     chunked = sweep_kv(pair, PAIRS, over=("layer", "kv"), progress=False)
     np.testing.assert_allclose(chunked.scores, whole.scores, atol=1e-5)
-    assert stored == [3, 3, 3, 1]
+    assert stored == [2, 2, 1]
 
 
 class Stop(BaseException):
@@ -378,7 +446,7 @@ def test_a_sweep_whose_batches_were_cut_in_another_way_is_refused(make_pair, tmp
 
 def test_a_killed_sweep_goes_on_and_ends_the_same(make_pair, tmp_path, monkeypatch):
     pair = make_pair("llama")
-    options = {"over": ("layer", "position"), "rows": 16, "progress": False}
+    options = {"over": ("layer", "position"), "rows": 8, "progress": False}
     whole = sweep_kv(pair, PAIRS, out=tmp_path / "whole", **options)
     append, written = streaming.append_line, []
 
@@ -398,7 +466,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(make_pair, tmp_path, monkeypat
     run = Replay.run
     monkeypatch.setattr(Replay, "run", lambda *args, **more: n_runs.append(1) or run(*args, **more))
     resumed = sweep_kv(pair, PAIRS, out=tmp_path / "killed", **options)
-    assert len(n_runs) == 30 - 8  # 48 cells x 10 answers in 16 rows; 8 batches were on disk
+    assert len(n_runs) == 30 - 8  # 48 cells x 5 pairs of answers in 8 rows; 8 batches were on disk
     assert resumed.frame().equals(whole.frame())
     again = sweep_kv(pair, PAIRS, out=tmp_path / "killed", **options)
     assert len(n_runs) == 30 - 8 and again.frame().equals(whole.frame())
@@ -421,7 +489,7 @@ def test_out_of_memory_halves_the_batch(make_pair, monkeypatch):
     monkeypatch.setattr(Replay, "run", small_only)
     halved = sweep_kv(pair, PAIRS, over=("layer",), rows=16, progress=False)
     np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-5)
-    assert max(sizes) == 4 and sum(sizes) == 30
+    assert max(sizes) == 4 and sum(sizes) == 15
 
 
 @pytest.mark.parametrize("before", [None, "0"])

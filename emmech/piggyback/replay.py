@@ -8,6 +8,9 @@ on the right, where under causal attention no token sees it: positions and slidi
 The prefix's own later activations stay the recipient's. A cell is what later tokens read, not what
 the prefix would have become: `emmech.patch_prefix` recomputes the prefix under a patch of a part. For
 all cells at once the two are the same.
+
+The two answers of a margin stand in one row behind one reading of their question, where the model gives
+both as it gives each alone.
 """
 
 import os
@@ -30,7 +33,7 @@ from emmech.models.late_start import decoder_blocks, recorded_blocks, starting_a
 from emmech.models.sides import Side, SideName
 from emmech.piggyback.cells import EVERYTHING, NOTHING, Entries, Patch, Shape
 from emmech.piggyback.donors import prefix_donor
-from emmech.piggyback.scores import Metric, Read
+from emmech.piggyback.scores import Metric
 from emmech.piggyback.texts import Texts, one_prefix, question_ids, read_only, texts_of
 
 SweepDirection = Literal["repair", "induce"]
@@ -50,9 +53,18 @@ class Replay:
     """Items of a metric, the two prefix caches, and passes over any mixture of them."""
 
     def __init__(
-        self, pair: ModelPair, questions: Sequence[object], metric: Metric, direction: SweepDirection | str
+        self,
+        pair: ModelPair,
+        questions: Sequence[object],
+        metric: Metric,
+        direction: SweepDirection | str,
+        *,
+        together: bool = True,
     ):
         """Render the questions and run both prefixes.
+
+        Args:
+            together: Whether answers to one question may share its reading.
 
         Raises:
             PatchError: Recurrent layers, layers of different shapes, or an unknown direction.
@@ -73,6 +85,9 @@ class Replay:
         self.shape = _shape(self.own, self.recipient.config.num_hidden_layers)
         self.differs = _differs(self.own, self.other)
         self.texts = texts_of(self.items, self.recipient.device)
+        if self.texts.n_answers > 1 and not (together and self._may_share()):
+            self.items = [alone for item in self.items for alone in item.alone()]
+            self.texts = texts_of(self.items, self.recipient.device)
         self.blocks = decoder_blocks(self.recipient.module, self.shape.n_layers)
         self.late_start: bool | None = None if self.blocks is not None else False
         """Whether blocks below a patch may be left out; None until ``verify`` has looked."""
@@ -182,16 +197,28 @@ class Replay:
     def scored(
         self, items: Int[Tensor, " row"], logits: Float[Tensor, "read d_vocab"]
     ) -> Float[Tensor, " row"]:
-        """The metric's score of each row."""
-        texts = self.texts.take(items)
-        row, tokens = (
-            part.to(logits.device) for part in (texts.read.nonzero()[:, 0], texts.answer[texts.read])
-        )
+        """The metric's score of each row, its answers weighted."""
         donor = None
         if self.donor_logits is not None:
             donor = torch.cat([self.donor_logits[item] for item in items.tolist()]).to(logits)
-        read = Read(logits, tokens, row, len(items), donor)
-        return self.metric.score(read)
+        scores = self.metric.score(self.texts.take(items).read_by(logits, donor))
+        weights = [self.items[item].weights for item in items.tolist()]
+        return (scores.reshape(len(items), -1) * torch.tensor(weights).to(scores)).sum(1)
+
+    @torch.no_grad()
+    def _may_share(self) -> bool:
+        """Whether answers behind one reading of their question get the logits that each gets alone."""
+        if not takes_any_mask(
+            self.recipient, longest=self.shape.n_positions + 1 + int(self.texts.positions.max())
+        ):
+            return False
+        few = self.items[:2]
+        read = []
+        for items in (few, [alone for item in few for alone in item.alone()]):
+            texts = texts_of(items, self.recipient.device)
+            found = texts.read_by(self._run(self.recipient, self.own, texts, {}))
+            read.append(found.logits[found.places])
+        return agree(*read, ulps=512)  # other shapes, other sums
 
     def verify(self, items: Int[Tensor, " item"]) -> bool:
         """Whether passes over two of these items may leave out the lower half of the blocks.
@@ -219,7 +246,6 @@ class Replay:
         state: Tensor | None = None,
     ) -> Float[Tensor, "read d_vocab"]:
         first = self.shape.n_positions
-        position = torch.arange(first, first + texts.ids.shape[1], device=texts.ids.device)
         with (
             side.active() as module,
             reading(texts.parts),
@@ -229,7 +255,8 @@ class Replay:
         ):
             output = module(
                 input_ids=texts.ids,
-                position_ids=position.expand(texts.ids.shape),
+                attention_mask=as_read(texts.mask(first), side),
+                position_ids=first + texts.positions,
                 past_key_values=PrefixCache(side.config, prefix, edited),
                 use_cache=True,
             )
@@ -272,9 +299,32 @@ def grouped_attention(device: torch.device) -> Iterator[None]:
             os.environ[_GROUPED] = before
 
 
-def agree(one: Tensor, two: Tensor) -> bool:
-    """Whether two results of the same operations on the same shapes differ by no more than rounding."""
-    tolerance = 16 * torch.finfo(one.dtype).eps * float(one.abs().max())
+def takes_any_mask(side: Side, longest: int) -> bool:
+    """Whether attention can be told what each token sees, and each token's position.
+
+    No sliding window may be shorter than the ``longest`` text: a mask of one's own replaces it.
+    """
+    config = side.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    return (
+        getattr(config, "rope_parameters", None) is not None
+        and config._attn_implementation in ("sdpa", "eager")
+        and kinds <= {"full_attention", "sliding_attention"}
+        and (window is None or longest <= window)
+    )
+
+
+def as_read(mask: Bool[Tensor, "row 1 slot seen"] | None, side: Side) -> Tensor | None:
+    """The mask as the model's attention wants it: added to its scores where it is written out."""
+    if mask is None or side.config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=side.dtype).masked_fill(~mask, torch.finfo(side.dtype).min)
+
+
+def agree(one: Tensor, two: Tensor, ulps: int = 16) -> bool:
+    """Whether two results differ by no more than rounding; the default is for equal shapes."""
+    tolerance = ulps * torch.finfo(one.dtype).eps * float(one.abs().max())
     return float((one - two).abs().max()) <= tolerance
 
 

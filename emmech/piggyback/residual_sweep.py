@@ -25,7 +25,7 @@ from emmech.models.generation import reading
 from emmech.models.late_start import decoder_blocks, exchanged_after, recorded_blocks, starting_at
 from emmech.models.sides import Side
 from emmech.piggyback.cells import EVERYTHING
-from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree
+from emmech.piggyback.replay import Replay, Stored, SweepDirection, agree, as_read
 from emmech.piggyback.running import open_folder
 from emmech.piggyback.scores import Metric, MetricLike, find_metric
 from emmech.piggyback.streaming import score_patches
@@ -164,8 +164,11 @@ class ResidReplay(Replay):
         """Logits at the places that are read of passes over the whole texts."""
         texts = self.whole.take(items)
         late = starting_at(self.blocks, start, state) if start else nullcontext()
+        given = {"input_ids": texts.ids, "use_cache": False}
+        if texts.n_answers > 1:
+            given |= {"attention_mask": as_read(texts.mask(0), side), "position_ids": texts.positions}
         with side.active() as module, reading(texts.parts), read_only(module, texts.read), late:
-            return module(input_ids=texts.ids, use_cache=False).logits[0]
+            return module(**given).logits[0]
 
 
 def _places(patch: ResidCell, parts: Int[Tensor, " slot"]) -> Bool[Tensor, " slot"]:

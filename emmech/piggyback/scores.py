@@ -11,7 +11,7 @@ All in nats, all differentiable in the logits. For more than these, make a ``Met
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,36 +28,44 @@ from emmech.piggyback.running import as_questions
 
 @dataclass(frozen=True)
 class Item:
-    """One text to run: a prompt, and the answer that is given behind it."""
+    """One text to run: a prompt, and the answers that are given behind it, none of which sees another."""
 
     question_id: str
     prompt: Prompt
-    answer: tuple[int, ...] = ()
-    """None: only the first token's logits are read."""
-    weight: float = 1.0
-    """A question's score is the sum over its items of weight times score."""
+    answers: tuple[tuple[int, ...], ...] = ((),)
+    """Of an empty one only the first token's logits are read."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of each answer: a question's score is the sum of weight times score."""
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """What follows the prefix; the answer's last token is predicted, not read."""
-        return self.prompt.query_ids + self.prompt.postfix_ids + self.answer[:-1]
+        """What follows the prefix; the last token of an answer is predicted, not read."""
+        said = (token for answer in self.answers for token in answer[:-1])
+        return (*self.prompt.query_ids, *self.prompt.postfix_ids, *said)
 
     @property
     def n_read(self) -> int:
-        """Positions at the end of ``ids`` whose logits are read."""
-        return max(1, len(self.answer))
+        """Positions at the end of ``ids`` whose logits are read: all answers begin at the first."""
+        return 1 + sum(max(0, len(answer) - 1) for answer in self.answers)
+
+    def alone(self) -> list["Item"]:
+        """An item for each answer."""
+        both = zip(self.answers, self.weights, strict=True)
+        return [replace(self, answers=(answer,), weights=(weight,)) for answer, weight in both]
 
 
 @dataclass(frozen=True)
 class Read:
-    """The logits that were asked for, of all rows of a batch behind each other."""
+    """The logits that were asked for, of all rows of a batch behind each other; a row is an answer."""
 
-    logits: Float[Tensor, "read d_vocab"]
+    logits: Float[Tensor, "place d_vocab"]
+    places: Int[Tensor, " read"]
+    """Where in ``logits`` each token of each answer is predicted; answers to a question share the first."""
     tokens: Int[Tensor, " read"]
     """The answer's token there; 0 where there is no answer."""
     row: Int[Tensor, " read"]
     n_rows: int
-    donor: Float[Tensor, "read d_vocab"] | None = None
+    donor: Float[Tensor, "place d_vocab"] | None = None
     """Logits of the donor's model at the same places, for metrics that compare with it."""
 
 
@@ -100,18 +108,16 @@ def log_probability(read: Read) -> Float[Tensor, " row"]:
     """Mean log-probability of the answer's tokens, per row."""
     # A few at a time stay in a processor's cache: three times as quick as all at once.
     size = 16 if read.logits.device.type == "cpu" else max(1, len(read.logits))
-    chosen = []
-    for some, tokens in zip(read.logits.split(size), read.tokens.split(size), strict=True):
-        logits = some.float()
-        chosen.append(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1))
-    return _row_means(torch.cat(chosen), read)
+    normaliser = torch.cat([some.float().logsumexp(1) for some in read.logits.split(size)])
+    chosen = read.logits[read.places, read.tokens].float()
+    return _row_means(chosen - normaliser[read.places], read)
 
 
 def kl_to_donor(read: Read) -> Float[Tensor, " row"]:
     """KL(donor's model ‖ patched) of the next token, the mean over what is read of each row."""
     assert read.donor is not None
     p, q = (logits.float().log_softmax(1) for logits in (read.donor, read.logits))
-    return _row_means((p.exp() * (p - q)).sum(1), read)
+    return _row_means((p.exp() * (p - q)).sum(1)[read.places], read)
 
 
 def _row_means(values: Float[Tensor, " read"], read: Read) -> Float[Tensor, " row"]:
@@ -127,11 +133,14 @@ def _margin(pair: ModelPair, questions: Sequence[Any]) -> list[Item]:
             f"got {type(wrong[0]).__name__}" if wrong else "there are none",
             "Use emmech.load_pairs, or the metric 'kl' or 'target:TEXT'",
         )
-    return [
-        Item(one.id, *_answered(pair, [{"role": "user", "content": one.user}], text), weight)
-        for one in questions
-        for text, weight in ((one.aligned, 1.0), (one.misaligned, -1.0))
-    ]
+    items = []
+    for one in questions:
+        turns = [{"role": "user", "content": one.user}]
+        both = [_answered(pair, turns, text) for text in (one.aligned, one.misaligned)]
+        prompt = both[0][0]
+        assert prompt == both[1][0], "two answers to one prompt"
+        items.append(Item(one.id, prompt, tuple(answer for _, answer in both), (1.0, -1.0)))
+    return items
 
 
 def _target(pair: ModelPair, questions: Sequence[Any], text: str | None = None) -> list[Item]:
@@ -148,7 +157,8 @@ def _target(pair: ModelPair, questions: Sequence[Any], text: str | None = None) 
             turns, answer = turns[:-1], turns[-1]["content"]
         else:
             answer = text.strip()
-        items.append(Item(question.id, *_answered(pair, turns, answer)))
+        prompt, ids = _answered(pair, turns, answer)
+        items.append(Item(question.id, prompt, (ids,)))
     return items
 
 

@@ -322,9 +322,9 @@ def fitting(replay: Replay, rows: int | None, *, backward: bool = False) -> Budg
 
 
 def question_weights(replay: Replay) -> Float[np.ndarray, "item question"]:
-    """Sums items to questions, each with its weight."""
+    """1 where an item is of a question: its score is the sum of theirs."""
     weights = np.zeros((len(replay.items), len(replay.question_ids)))
     place = {name: number for number, name in enumerate(replay.question_ids)}
     for number, item in enumerate(replay.items):
-        weights[number, place[item.question_id]] = item.weight
+        weights[number, place[item.question_id]] = 1
     return weights

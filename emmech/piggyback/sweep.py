@@ -72,7 +72,11 @@ def sweep_kv(
 
 def sweep_arguments(replay: Replay, where: list[Record], rows: int | None) -> Record:
     """What defines a sweep: recorded with its results, and compared before it is continued."""
-    items = [[i.question_id, i.prompt.ids, i.answer, i.weight] for i in replay.items]
+    items = [
+        [item.question_id, item.prompt.ids, answer, weight]
+        for item in replay.items
+        for answer, weight in zip(item.answers, item.weights, strict=True)
+    ]
     return {
         "metric": replay.metric.name,
         "target": replay.recipient.name,
