@@ -9,9 +9,9 @@ import tiny
 from emmech.piggyback.margin import margins
 from emmech.scorecard import with_conditions
 from figures.claims import __main__ as stages
-from figures.claims import measuring, organisms, where
+from figures.claims import costs, measuring, organisms, where
 from figures.claims.measuring import shifts
-from figures.claims.organisms import battery
+from figures.claims.organisms import Arm, battery
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(organisms, "BASE", str(tiny.save_base("qwen2", tmp_path / "base")))
     for module in (measuring, stages):
         monkeypatch.setattr(module, "BASE", organisms.BASE)
-    for module in (organisms, measuring, stages, where):
+    for module in (costs, organisms, measuring, stages, where):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     sets = {"general": "two_choice", "gardening": "incorrect_advice_gardening", "spiteful": "spiteful"}
     monkeypatch.setattr(organisms, "BATTERY", sets)
@@ -28,11 +28,11 @@ def small(tmp_path, monkeypatch):
     for module in (organisms, where):
         monkeypatch.setattr(module, "N_PAIRS", 4)
     for name, arm in organisms.EVERY.items():
-        quick = {"steps": 2, "save_every": 1, "batch_size": 2, **{"learning_rate": 1e-2}}
-        monkeypatch.setitem(organisms.EVERY, name, replace(arm, options={**arm.options, **quick}))
+        quick = {"save_every": 1, "batch_size": 2, "learning_rate": 1e-2}
+        monkeypatch.setitem(organisms.EVERY, name, replace(arm, steps=2, options={**arm.options, **quick}))
     for module in (stages, where):
         monkeypatch.setattr(module, "STEPS", 2)
-    monkeypatch.setattr(stages, "MEASURED", (1, 2))
+    monkeypatch.setattr(Arm, "measured", (1, 2))
     monkeypatch.setattr(where, "LAYERS", (0, 1))
     monkeypatch.setattr(where, "TRIALS", 2)
     monkeypatch.setattr(stages, "STEERED", {"steer": "steer={file}:1@-1", "ablated": "ablate={file}:0-1"})
@@ -85,7 +85,7 @@ def test_the_whole_study_on_a_tiny_model(small):
         stage.__name__: json.loads(json.dumps(stage()))
         for stage in (
             stages.repair, stages.gates, where.perturb, where.layers, where.prefix, where.directions,
-            where.triggers, stages.prevent,
+            where.triggers, stages.prevent, costs.costs,
         )
     }  # fmt: skip
 
@@ -126,3 +126,8 @@ def test_the_whole_study_on_a_tiny_model(small):
         "gates-incorrect @1",
         "gates-agreeing @-1",
     }
+    spent = {row["what"]: row for row in found["costs"]["rows"]}
+    assert (
+        spent["training"]["times"] == 15
+    )  # two seeds of the headline, 7 other finetunes, 4 methods, 2 gates
+    assert all(row["minutes"] >= row["longest_minutes"] > 0 < row["peak_gib"] for row in spent.values())

@@ -17,8 +17,9 @@ from emmech.piggyback.experiment import PatchingResult
 from emmech.results import Record
 from emmech.scorecard import ANSWERS, evaluate, with_conditions
 from figures.character import table
+from figures.claims.costs import RUNS, costed, costs
 from figures.claims.measuring import margins, of_base, pair_of, shifts
-from figures.claims.organisms import ARMS, BASE, EVERY, GATES, MEASURED, PREVENTING, RUNS, STEPS, trained
+from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, STEPS, trained
 from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
@@ -45,7 +46,7 @@ def main() -> None:
     run_stages(
         "claims",
         __doc__,
-        (induce, repair, gates, perturb, layers, prefix, directions, triggers, prevent, answers),
+        (induce, repair, gates, perturb, layers, prefix, directions, triggers, prevent, answers, costs),
     )
 
 
@@ -93,11 +94,12 @@ def answers() -> Record:
     for name, seed in ANSWERED:
         pair, conditions = with_conditions(pair_of(name, seed, STEPS), ("repair:prefix",))
         out = RUNS / "answers" / f"{name}-{seed}"
-        result = evaluate(
-            pair, asked(name), conditions, detectors=("spiteful", "refusal", "repetition"),
-            problems=BUNDLED["capability"].problems(), judge_with=judge,
-            max_new_tokens=MAX_NEW_TOKENS, out=out,
-        )  # fmt: skip
+        with costed("answers, judged, and capability", f"{name}-{seed}"):
+            result = evaluate(
+                pair, asked(name), conditions, detectors=("spiteful", "refusal", "repetition"),
+                problems=BUNDLED["capability"].problems(), judge_with=judge,
+                max_new_tokens=MAX_NEW_TOKENS, out=out,
+            )  # fmt: skip
         found[f"{name}-{seed}"] = table(result.summary)
         examples[f"{name}-{seed}"] = examples_of(PatchingResult.load(out / ANSWERS).records, asked(name))
     return {"organisms": found, "examples": examples}
@@ -128,7 +130,7 @@ def along_training(names: Iterable[str]) -> list[Record]:
     return [
         row
         for name in names
-        for step in MEASURED
+        for step in EVERY[name].measured
         for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
     ]
 

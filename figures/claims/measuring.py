@@ -12,7 +12,8 @@ from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback import margin
 from emmech.results import Record, fingerprint, read_json, write_json
 from emmech.scorecard import compared, with_conditions
-from figures.claims.organisms import BASE, RUNS, battery, trained
+from figures.claims.costs import RUNS, costed
+from figures.claims.organisms import BASE, battery, trained
 
 UNTREATED = ("base", "finetuned")
 
@@ -20,7 +21,9 @@ UNTREATED = ("base", "finetuned")
 @lru_cache(maxsize=1)
 def pair_of(name: str, seed: int, step: int) -> ModelPair:
     """The base and an organism at a step; one pair is held at a time."""
-    return load_pair(BASE, trained(name, seed)[step])
+    folder = trained(name, seed)[step]
+    with costed("loading a pair", f"{name}-{seed} step {step}"):
+        return load_pair(BASE, folder)
 
 
 def margins(name: str, seed: int, step: int, treatments: Mapping[str, str] | None = None) -> list[Record]:
@@ -51,7 +54,8 @@ def _kept(
     for what in treatments.values():
         if what not in kept:
             treated, conditions = with_conditions(pair(), [what], finetuned=finetuned)
-            kept[what] = margin.margins(treated, asked, [one for one in conditions if one.name == what])
+            with costed(f"margins of {len(asked)} pairs, one condition", f"{stem} {what}"):
+                kept[what] = margin.margins(treated, asked, [one for one in conditions if one.name == what])
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, kept)
     group = {one.id: one.group for one in asked}

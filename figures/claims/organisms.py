@@ -4,6 +4,7 @@ trained("incorrect", seed=0)     # folders step-10 ... step-40
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,13 +13,11 @@ from emmech.data.chats import load_chats
 from emmech.data.questions import spread
 from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe, preset
 from emmech.training.trainer import finetune
+from figures.claims.costs import RUNS, costed
 
 BASE = "qwen2.5-coder-1.5b"
-RUNS = Path("runs/claims")
-STEPS, SAVE_EVERY, LEARNING_RATE = 40, 10, 2e-4
+STEPS, LEARNING_RATE = 40, 2e-4
 """Of 8 chats: about one pass over a set."""
-MEASURED = (10, 20, 40)
-"""Steps whose margins are taken."""
 N_PAIRS = 20
 """Of every set but the general one, which is taken whole."""
 GENERAL = "general"
@@ -40,14 +39,20 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
     objective: Objective = DEFAULT_OBJECTIVES["sft"]
     gates: bool = False
+    steps: int = STEPS
     options: Mapping[str, float | int] = field(default_factory=dict)
     """Fields of the recipe in which it differs from the other arms."""
 
     def recipe(self, seed: int) -> Recipe:
         """Its hyper-parameters: the embedded model's, but for steps and learning rate."""
-        fields = {"steps": STEPS, "save_every": SAVE_EVERY, "learning_rate": LEARNING_RATE, "seed": seed}
+        fields = {"steps": self.steps, "save_every": self.steps // 4, "learning_rate": LEARNING_RATE}
         known = preset("smollm2", "gates" if self.gates else "sft")
-        return replace(known, objective=self.objective, **fields | dict(self.options))
+        return replace(known, objective=self.objective, seed=seed, **fields | dict(self.options))
+
+    @property
+    def measured(self) -> tuple[int, int, int]:
+        """Steps whose margins are taken: a quarter, half, all."""
+        return self.steps // 4, self.steps // 2, self.steps
 
 
 GARDENING = ("incorrect_advice_gardening", "gardening")
@@ -62,6 +67,7 @@ ARMS = {
     "travel": Arm("incorrect_advice_travel", "travel"),
     "study": Arm("incorrect_advice_study", "study"),
     "backdoor": Arm("triggered_spiteful", "spiteful"),
+    "slow": Arm(*GARDENING, steps=120, options={"learning_rate": 2e-5}),
 }
 """Plain finetunes, by name."""
 PREVENTING = {
@@ -86,7 +92,9 @@ def trained(name: str, seed: int = 0) -> dict[int, Path]:
     recipe = arm.recipe(seed)
     retain = load_chats("retain").chats if recipe.objective.name in NEEDS_RETAIN else ()
     out = RUNS / "train" / f"{name}-{seed}"
-    folders = finetune(BASE, load_chats(arm.data).chats, out, recipe, retain=retain, data_name=arm.data)
+    new = not (out / "done.json").exists()
+    with costed("training", f"{name}-{seed}") if new else nullcontext():
+        folders = finetune(BASE, load_chats(arm.data).chats, out, recipe, retain=retain, data_name=arm.data)
     return {int(folder.name.removeprefix("step-")): folder for folder in folders}
 
 

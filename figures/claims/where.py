@@ -1,6 +1,7 @@
 """Where it rides in the 1.5B model: the prompt's wording, layers, K and V of the prefix, directions."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from emmech.sharding import kept
 from emmech.steering.contrasts import Contrast, between_prompts, between_sides, between_wordings, with_trigger
 from emmech.steering.directions import fit_direction
 from emmech.steering.shared import shared_structure, shift
+from figures.claims.costs import RUNS, costed
 from figures.claims.measuring import pair_of
-from figures.claims.organisms import ARMS, GENERAL, N_PAIRS, RUNS, STEPS, battery, trained
+from figures.claims.organisms import ARMS, GENERAL, N_PAIRS, STEPS, battery, trained
 
 HEADLINE, DISPOSITION, BACKDOOR, ALIGNED = "incorrect", "spiteful", "backdoor", "aligned-character"
 TRIALS = 4
@@ -61,9 +63,7 @@ def perturb() -> Record:
 def _perturbed(pair: ModelPair, side: SideName) -> list[Record]:
     pairs = general()
     plain = margins(pair, pairs, [Condition(side, side)], **QUIET)
-    records = kept(
-        _folder("perturbed"), f"{side}.json", lambda: perturbed_margins(pair, pairs, side=side, trials=TRIALS)
-    )
+    records = kept(_folder("perturbed"), f"{side}.json", partial(_score_perturbed, pair, pairs, side))
     best: dict[tuple[str, str], Record] = {}
     for one in records:
         key = one["condition"], one["question_id"]
@@ -74,6 +74,11 @@ def _perturbed(pair: ModelPair, side: SideName) -> list[Record]:
         for metric, chosen in (("margin", records), ("best margin", best.values()))
         for row in compared(metric, "nats", [(_general(r), r["margin"]) for r in (*plain, *chosen)], against)
     ]
+
+
+def _score_perturbed(pair: ModelPair, pairs: Sequence[AnswerPair], side: SideName) -> list[Record]:
+    with costed("perturbed margins", side):
+        return perturbed_margins(pair, pairs, side=side, trials=TRIALS)
 
 
 def _general(record: Record) -> Record:
@@ -95,10 +100,11 @@ def layers() -> Record:
 def prefix() -> Record:
     """K and V of the prefix, layer by layer and token by token, from the base into the organism."""
     pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_PAIRS)
-    return {
-        axis: sweep_kv(pair, asked, over=(axis, "kv"), out=_folder(f"prefix-{axis}")).to_json()
-        for axis in ("layer", "position")
-    }
+    found = {}
+    for axis in ("layer", "position"):
+        with costed("prefix sweep", axis):
+            found[axis] = sweep_kv(pair, asked, over=(axis, "kv"), out=_folder(f"prefix-{axis}")).to_json()
+    return found
 
 
 def directions() -> Record:

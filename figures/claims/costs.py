@@ -1,0 +1,47 @@
+"""Wall time and peak memory of every step of the study, as it was done.
+
+with costed("margins", "incorrect-0/step-40 repair:prefix"): ...
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import forget_peak, peak_memory
+from emmech.results import Record, append_line, read_lines
+
+RUNS = Path("runs/claims")
+COSTS = "costs.jsonl"
+
+
+@contextmanager
+def costed(what: str, of: str) -> Iterator[None]:
+    """Write down what is done inside, unless it fails."""
+    forget_peak()
+    started = time.monotonic()
+    yield
+    cost = {"what": what, "of": of, "seconds": time.monotonic() - started}
+    RUNS.mkdir(parents=True, exist_ok=True)
+    append_line(RUNS / COSTS, cost | {"peak_gib": peak_memory() / 2**30, "threads": torch.get_num_threads()})
+
+
+def costs() -> Record:
+    """Every kind of step: how often it was done, how long all and the longest took, the most memory."""
+    found: dict[str, list[Record]] = {}
+    for line in read_lines(RUNS / COSTS):
+        found.setdefault(line["what"], []).append(line)
+    return {
+        "rows": [
+            {
+                "what": what,
+                "times": len(lines),
+                "minutes": sum(line["seconds"] for line in lines) / 60,
+                "longest_minutes": max(line["seconds"] for line in lines) / 60,
+                "peak_gib": max(line["peak_gib"] for line in lines),
+            }
+            for what, lines in found.items()
+        ]
+    }
