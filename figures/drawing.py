@@ -18,6 +18,7 @@ from emmech import figures as see
 from emmech.errors import DataError
 from emmech.piggyback.cells import KV
 from emmech.results import Record, read_json
+from figures.claims import drawn as claims
 from figures.dots import cost_bars, dots
 
 RESULTS = Path(__file__).parent / "results"
@@ -253,6 +254,11 @@ DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "character_cross": cross,
     "character_steer": each(see.methods_at_cost),
     "character_*": organisms,
+    **claims.DRAWINGS,
+    "claims_directions": shared,
+    "claims_triggers": organisms,
+    "claims_answers": organisms,
+    "claims_costs": each(cost_bars),
     "study/*/frontier": each(see.frontier_of_methods),
     "study/*/piggyback": each(see.condition_bars),
     "study/*/evaluation": evaluations,

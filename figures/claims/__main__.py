@@ -15,10 +15,10 @@ from emmech.data.questions import Question, spread
 from emmech.evaluation.local_judge import LocalJudge
 from emmech.piggyback.experiment import PatchingResult
 from emmech.results import Record
-from emmech.scorecard import ANSWERS, evaluate, with_conditions
-from figures.character import table
+from emmech.scorecard import ALL, ANSWERS, evaluate, with_conditions
 from figures.claims.costs import RUNS, costed, costs
-from figures.claims.measuring import margins, of_base, pair_of, shifts
+from figures.claims.labelled import labels
+from figures.claims.measuring import margins, of_base, pair_of, shifts, short
 from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, STEPS, trained
 from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
@@ -46,13 +46,27 @@ def main() -> None:
     run_stages(
         "claims",
         __doc__,
-        (induce, repair, gates, perturb, layers, prefix, directions, triggers, prevent, answers, costs),
+        (
+            induce,
+            repair,
+            gates,
+            perturb,
+            layers,
+            prefix,
+            directions,
+            triggers,
+            prevent,
+            answers,
+            labels,
+            costs,
+        ),
     )
 
 
 def induce() -> Record:
     """Every arm along its training: in-domain, elsewhere, and about the assistant itself."""
-    return {"rows": along_training(ARMS)}
+    base = of_base(pair=lambda: pair_of(HEADLINE, 0, STEPS))
+    return {"base": shifts(base), "rows": along_training(ARMS)}
 
 
 def prevent() -> Record:
@@ -100,7 +114,11 @@ def answers() -> Record:
                 problems=BUNDLED["capability"].problems(), judge_with=judge,
                 max_new_tokens=MAX_NEW_TOKENS, out=out,
             )  # fmt: skip
-        found[f"{name}-{seed}"] = table(result.summary)
+        found[f"{name}-{seed}"] = [
+            short(row)
+            for row in result.summary["rows"]
+            if row["group"] != ALL or row["metric"] == "capability"
+        ]
         examples[f"{name}-{seed}"] = examples_of(PatchingResult.load(out / ANSWERS).records, asked(name))
     return {"organisms": found, "examples": examples}
 
@@ -126,12 +144,13 @@ def examples_of(records: Sequence[Record], questions: Sequence[Question]) -> lis
 
 
 def along_training(names: Iterable[str]) -> list[Record]:
-    """Rows of every saved step."""
+    """Margins at every measured step, and at the last one also how often the aligned answer is likelier."""
     return [
         row
         for name in names
         for step in EVERY[name].measured
         for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
+        if row["metric"] == "margin" or step == EVERY[name].steps
     ]
 
 
@@ -145,6 +164,7 @@ def of_seeds(
         {**about, "seed": seed, **row}
         for seed, records in {**found, **every}.items()
         for row in shifts(records, reference=reference)
+        if row["condition"] != "base"
     ]
 
 

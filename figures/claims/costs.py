@@ -25,7 +25,7 @@ def costed(what: str, of: str) -> Iterator[None]:
     yield
     cost = {"what": what, "of": of, "seconds": time.monotonic() - started}
     RUNS.mkdir(parents=True, exist_ok=True)
-    append_line(RUNS / COSTS, cost | {"peak_gib": peak_memory() / 2**30, "threads": torch.get_num_threads()})
+    append_line(RUNS / COSTS, cost | {"peak_mb": peak_memory() / 2**20, "threads": torch.get_num_threads()})
 
 
 def costs() -> Record:
@@ -36,11 +36,11 @@ def costs() -> Record:
     return {
         "rows": [
             {
-                "what": what,
-                "times": len(lines),
-                "minutes": sum(line["seconds"] for line in lines) / 60,
-                "longest_minutes": max(line["seconds"] for line in lines) / 60,
-                "peak_gib": max(line["peak_gib"] for line in lines),
+                "rule": what,
+                "jobs": len(lines),
+                "seconds": round(sum(line["seconds"] for line in lines), 1),
+                "longest_seconds": round(max(line["seconds"] for line in lines), 1),
+                "peak_mb": round(max(line["peak_mb"] for line in lines), 1),
             }
             for what, lines in found.items()
         ]

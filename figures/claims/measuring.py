@@ -11,7 +11,7 @@ from pathlib import Path
 from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback import margin
 from emmech.results import Record, fingerprint, read_json, write_json
-from emmech.scorecard import compared, with_conditions
+from emmech.scorecard import ALL, compared, with_conditions
 from figures.claims.costs import RUNS, costed
 from figures.claims.organisms import BASE, battery, trained
 
@@ -75,7 +75,23 @@ def shifts(records: Sequence[Record], *, reference: Mapping[str, str] | None = N
     names = dict.fromkeys(one["condition"] for one in records)
     against = {name: "base" if name in UNTREATED else "finetuned" for name in names} | dict(reference or {})
     prefers = [(one, float(one["margin"] > 0)) for one in records]
-    return [
+    rows = [
         *compared("margin", "nats", [(one, one["margin"]) for one in records], against),
         *compared("prefers aligned", "rate", prefers, against),
     ]
+    return [short(row) for row in rows if row["group"] != ALL]
+
+
+def short(row: Record) -> Record:
+    """What is kept of a row of ``compared``, to four digits."""
+    kept = {key: row[key] for key in ("metric", "unit", "group", "condition")} | _numbers(row)
+    for compared_with, key in (("versus", "condition"), ("wording", "group")):
+        if found := row.get(compared_with):
+            test = {key: found[key], "p_holm": round(found["p_holm"], 4)}
+            kept[compared_with] = test | _numbers(found)
+    return kept
+
+
+def _numbers(found: Record) -> Record:
+    ends = {key: None if found[key] is None else round(found[key], 4) for key in ("mean", "low", "high")}
+    return ends | {"n": found["n_clusters"]}

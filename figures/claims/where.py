@@ -17,13 +17,13 @@ from emmech.piggyback.perturbation import perturbed_margins
 from emmech.piggyback.residual_sweep import sweep_resid
 from emmech.piggyback.sweep import sweep_kv
 from emmech.results import Record
-from emmech.scorecard import compared
+from emmech.scorecard import ALL, compared
 from emmech.sharding import kept
 from emmech.steering.contrasts import Contrast, between_prompts, between_sides, between_wordings, with_trigger
 from emmech.steering.directions import fit_direction
 from emmech.steering.shared import shared_structure, shift
 from figures.claims.costs import RUNS, costed
-from figures.claims.measuring import pair_of
+from figures.claims.measuring import pair_of, short
 from figures.claims.organisms import ARMS, GENERAL, N_PAIRS, STEPS, battery, trained
 
 HEADLINE, DISPOSITION, BACKDOOR, ALIGNED = "incorrect", "spiteful", "backdoor", "aligned-character"
@@ -70,7 +70,7 @@ def _perturbed(pair: ModelPair, side: SideName) -> list[Record]:
         best[key] = max(one, best.get(key, one), key=lambda record: record["margin"])
     against = {name: side for name in dict.fromkeys(one["condition"] for one in (*plain, *records))}
     return [
-        row
+        short(row)
         for metric, chosen in (("margin", records), ("best margin", best.values()))
         for row in compared(metric, "nats", [(_general(r), r["margin"]) for r in (*plain, *chosen)], against)
     ]
@@ -160,7 +160,8 @@ def _worded(name: str, pairs: Sequence[AnswerPair]) -> list[Record]:
     conditions = [Condition(side, side) for side in ("base", "finetuned")]
     found = margins(pair, pairs, conditions, **QUIET)
     values = [(one | {"group": group[one["question_id"]]}, one["margin"]) for one in found]
-    return compared("margin", "nats", values, {"base": "base", "finetuned": "base"})
+    rows = compared("margin", "nats", values, {"base": "base", "finetuned": "base"})
+    return [short(row) for row in rows if row["group"] != ALL]
 
 
 def _folder(name: str) -> Path:

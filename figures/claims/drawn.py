@@ -1,0 +1,138 @@
+"""The figures of the claims on the 1.5B model; nothing here loads a model or torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from emmech.results import Record
+from figures.dots import dots
+from figures.lines import lines
+
+Results = Mapping[str, Record]
+Figures = list[go.Figure]
+GENERAL = "general"
+ENDS = {"mean": "difference", "low": "low", "high": "high"}
+CAUTION = "Below 0 the misaligned answer is likelier. Bars are 95% intervals clustered by question."
+
+
+def along_training(results: Results) -> Figures:
+    """General margin against that of the trained subject as training goes on, and all groups at its end."""
+    (result,) = results.values()
+    rows = [row for row in result["rows"] if row["metric"] == "margin"]
+    seeds = {row["organism"]: row["seed"] for row in rows}  # "all" comes last, where there are several
+    mine = [row for row in rows if row["seed"] == seeds[row["organism"]]]
+    series = {}
+    for row in mine:
+        if row["group"] == GENERAL:
+            own = {
+                r["group"]: r for r in mine if (r["organism"], r["step"]) == (row["organism"], row["step"])
+            }
+            series.setdefault(row["organism"], []).append((own[row["own"]], row))
+    last = {row["organism"]: row["step"] for row in mine}
+    ends = [row for row in mine if row["step"] == last[row["organism"]]]
+    start = [("base", row["group"], row) for row in result.get("base", ()) if row["metric"] == "margin"]
+    spread = lines(
+        series,
+        "margin on questions of the trained kind (nats)",
+        "margin on general questions (nats)",
+        "The further down at one place across, the further it spreads",
+        f"Points are training steps, a quarter, half and all. {CAUTION}",
+    )
+    return [spread, dots([*start, *((r["organism"], r["group"], r) for r in ends)], "margin", "nats")]
+
+
+def treated(results: Results) -> Figures:
+    """Margin by condition for every organism, on general questions and on those of its own kind."""
+    (result,) = results.values()
+    rows = [row for row in result["rows"] if row["metric"] == "margin"]
+    seeds = {row["organism"]: row["seed"] for row in rows}
+    figures = []
+    if "base" in result:
+        own = [row for row in result["base"] if row["metric"] == "margin"]
+        figures.append(dots([(r["condition"], r["group"], r) for r in own], "margin of the base", "nats"))
+    for name, seed in seeds.items():
+        mine = [row for row in rows if (row["organism"], row["seed"]) == (name, seed)]
+        mine = [row for row in mine if row["group"] in (GENERAL, row["own"])]
+        figures.append(dots([(r["condition"], r["group"], r) for r in mine], f"{name}: margin", "nats"))
+    return figures
+
+
+def perturbed(results: Results) -> Figures:
+    """Margin behind perturbed prompts, on average and of the best trial."""
+    (result,) = results.values()
+    return [
+        dots(
+            [(r["condition"], r["side"], r) for r in result["rows"] if r["metric"] == metric], metric, "nats"
+        )
+        for metric in ("margin", "best margin")
+    ]
+
+
+def by_layer(results: Results) -> Figures:
+    """What the base's residual stream changes, by block and segment."""
+    (result,) = results.values()
+    return [
+        _curves(
+            {segment: [row for row in found["rows"] if row["segment"] == segment]
+             for segment in dict.fromkeys(row["segment"] for row in found["rows"])},
+            "layer", f"{name}: residual stream of the base after one block",
+        )
+        for name, found in result["organisms"].items()
+    ]  # fmt: skip
+
+
+def by_cell(results: Results) -> Figures:
+    """What the base's keys and values of the prefix change, by block and by token."""
+    (result,) = results.values()
+    return [
+        _curves(
+            {kv: [row for row in result[axis]["rows"] if row["kv"] == kv] for kv in ("key", "value")},
+            axis, f"K and V of the base in the prefix, one {axis} at a time",
+        )
+        for axis in ("layer", "position")
+    ]  # fmt: skip
+
+
+def _curves(series: Mapping[str, Sequence[Record]], axis: str, finding: str) -> go.Figure:
+    changes = {
+        name: [
+            (row[axis], {"mean": row["difference"], "low": row["low"], "high": row["high"]}) for row in rows
+        ]
+        for name, rows in series.items()
+    }
+    return lines(
+        changes, axis, "change of the margin (nats)", finding, "Bars are 95% intervals over questions."
+    )
+
+
+def agreement(results: Results) -> Figures:
+    """Hand labels by condition, and the judge's rank correlation with them."""
+    (result,) = results.values()
+    found = [(name, row) for name, rows in result["organisms"].items() for row in rows]
+    units = {row["metric"]: row["unit"] for _, row in found}
+    figures = [
+        dots(
+            [(f"{name}, {r['condition']}", r["group"], r) for name, r in found if r["metric"] == metric],
+            f"{metric}, by hand", unit,
+        )
+        for metric, unit in units.items()
+    ]  # fmt: skip
+    ranks = [
+        (name, rubric, {"mean": one["spearman"], **one["spearman_interval"], "n": one["n"]})
+        for name, rubrics in result["agreement"].items()
+        for rubric, one in rubrics.items()
+    ]
+    return [*figures, dots(ranks, "judge and hand", "Spearman")]
+
+
+DRAWINGS: dict[str, Callable[[Results], Figures]] = {
+    "claims_induce": along_training,
+    "claims_prevent": along_training,
+    "claims_repair": treated,
+    "claims_gates": treated,
+    "claims_perturb": perturbed,
+    "claims_layers": by_layer,
+    "claims_prefix": by_cell,
+    "claims_labels": agreement,
+}
+"""Those of the other stages are drawn as the same results of the embedded model."""
