@@ -84,10 +84,9 @@ class Replay:
         )
         self.shape = _shape(self.own, self.recipient.config.num_hidden_layers)
         self.differs = _differs(self.own, self.other)
-        self.texts = texts_of(self.items, self.recipient.device)
-        if self.texts.n_answers > 1 and not (together and self._may_share()):
+        if not (together and self._may_share()):
             self.items = [alone for item in self.items for alone in item.alone()]
-            self.texts = texts_of(self.items, self.recipient.device)
+        self.texts = texts_of(self.items, self.recipient.device)
         self.blocks = decoder_blocks(self.recipient.module, self.shape.n_layers)
         self.late_start: bool | None = None if self.blocks is not None else False
         """Whether blocks below a patch may be left out; None until ``verify`` has looked."""
@@ -208,9 +207,11 @@ class Replay:
     @torch.no_grad()
     def _may_share(self) -> bool:
         """Whether answers behind one reading of their question get the logits that each gets alone."""
-        if not takes_any_mask(
-            self.recipient, longest=self.shape.n_positions + 1 + int(self.texts.positions.max())
-        ):
+        numbers = {len(item.answers) for item in self.items}
+        if numbers == {1}:
+            return True
+        longest = max(len(alone.ids) for item in self.items for alone in item.alone())
+        if len(numbers) > 1 or not takes_any_mask(self.recipient, self.shape.n_positions + longest):
             return False
         few = self.items[:2]
         read = []

@@ -83,18 +83,17 @@ def texts_of(items: Sequence[Item], device: torch.device, *, with_prefix: bool =
         ids[row, :end] = torch.tensor(prompt.prefix_ids[:first] + item.ids)
         read[row, end - item.n_read : end] = True
         positions[row, :end] = torch.arange(end)
-        borders = (0, first, first + prompt.n_query, first + prompt.n_query + prompt.n_postfix, end)
-        for number, (left, right) in enumerate(pairwise(borders)):
+        said = first + prompt.n_query + prompt.n_postfix  # where the answers begin
+        for number, (left, right) in enumerate(pairwise((0, first, first + prompt.n_query, said, end))):
             parts[row, left:right] = number
-        at, places = borders[-2], []
+        at, places = said, []
         for number, tokens in enumerate(item.answers):
             begin, at = at, at + max(0, len(tokens) - 1)
             answer[row, begin:at] = number + 1
-            positions[row, begin:at] -= begin - borders[-2]
-            behind = range(begin - borders[-2] + 1, at - borders[-2] + 1)  # the first slot is the prompt's
-            places += [
-                (place, token, number) for place, token in zip((0, *behind), tokens or (0,), strict=True)
-            ]
+            positions[row, begin:at] -= begin - said
+            # The first token is predicted by the prompt's last, the others by those before them.
+            by = (0, *range(begin - said + 1, at - said + 1))
+            places += [(place, token, number) for place, token in zip(by, tokens or (0,), strict=True)]
         predicted.append(torch.tensor(places))
     lengths = torch.tensor([first + len(item.ids) for item in items])
     padded = nn.utils.rnn.pad_sequence(predicted, batch_first=True, padding_value=-1)
