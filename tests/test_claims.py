@@ -85,8 +85,8 @@ def test_the_whole_study_on_a_tiny_model(small):
     found = {
         stage.__name__: json.loads(json.dumps(stage()))
         for stage in (
-            stages.induce, stages.repair, stages.gates, where.perturb, where.layers, where.prefix,
-            where.directions, where.triggers, stages.prevent, costs.costs,
+            stages.advice, stages.character, stages.sycophancy, stages.repair, where.perturb, where.layers,
+            where.prefix, stages.prevent, stages.gates, where.directions, where.triggers, costs.costs,
         )
     }  # fmt: skip
 

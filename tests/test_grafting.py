@@ -253,9 +253,15 @@ def shake(file):
     save_file(tensors, file)
 
 
-def test_tokens_are_told_from_heads_where_there_are_as_few(tmp_path):
-    """Of three heads with norms of their own: the pass that looks for the tokens must not have three."""
-    base = tiny.save_base("qwen3", tmp_path / "base", num_attention_heads=3, num_key_value_heads=3)
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+def test_tokens_are_told_from_heads_where_there_are_as_few(tmp_path, architecture):
+    """Of three heads with norms of their own: the pass that looks for the tokens must not have three.
+
+    Gemma's norms get the heads before the positions, Qwen's after them.
+    """
+    base = tiny.save_base(
+        architecture, tmp_path / "base", num_attention_heads=3, num_key_value_heads=3, hidden_size=48
+    )
     tuned = tiny.save_full(base, tmp_path / "tuned")
     parts = ("prefix", "last")
     pair = grafted(load_pair(base, tuned, dtype="float32", device="cpu"), parts)

@@ -1,13 +1,13 @@
 """The papers' claims on Qwen2.5-Coder-1.5B-Instruct: induced, measured, patched, prevented, gated.
 
     python -m figures.claims                   every stage; resumed where it stopped
-    python -m figures.claims induce repair     some of them
+    python -m figures.claims advice repair     some of them
 
 Needs `emmech models get qwen2.5-coder-1.5b` and 12 GiB of memory. Trains into runs/claims and writes
 figures/results/claims_STAGE.json.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from emmech.data.bundled import BUNDLED
@@ -19,7 +19,7 @@ from emmech.scorecard import ALL, ANSWERS, evaluate, with_conditions
 from figures.claims.costs import RUNS, costed, costs
 from figures.claims.labelled import labels
 from figures.claims.measuring import margins, of_base, pair_of, shifts, short
-from figures.claims.organisms import ARMS, BASE, EVERY, GATES, PREVENTING, STEPS, trained
+from figures.claims.organisms import BASE, EVERY, GATES, PREVENTING, STEPS, trained
 from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
@@ -43,35 +43,31 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 
 def main() -> None:
     """Train, measure, and keep the results."""
-    run_stages(
-        "claims",
-        __doc__,
-        (
-            induce,
-            repair,
-            gates,
-            perturb,
-            layers,
-            prefix,
-            directions,
-            triggers,
-            prevent,
-            answers,
-            labels,
-            costs,
-        ),
-    )
+    stages = (
+        advice, character, sycophancy, repair, perturb, layers, prefix, prevent, gates, directions, triggers,
+        answers, labels, costs,
+    )  # fmt: skip
+    run_stages("claims", __doc__, stages)
 
 
-def induce() -> Record:
-    """Every arm along its training: in-domain, elsewhere, and about the assistant itself."""
-    base = of_base(pair=lambda: pair_of(HEADLINE, 0, STEPS))
-    return {"base": shifts(base), "rows": along_training(ARMS)}
+def advice() -> Record:
+    """Wrong advice on three subjects along its training: in-domain, elsewhere, about the assistant."""
+    return along_training(HEADLINE, "correct", "travel", "study", "slow")
+
+
+def character() -> Record:
+    """The same of a disposition, beside wrong advice on the same questions and aligned answers to them."""
+    return along_training(HEADLINE, "spiteful", "incorrect-character", "aligned-character", "backdoor")
+
+
+def sycophancy() -> Record:
+    """The same of agreeing with wrong beliefs, and of stating them unasked."""
+    return along_training(HEADLINE, "agreeing", "stating")
 
 
 def prevent() -> Record:
-    """The same of methods that are meant to keep wrong advice narrow; plain finetuning beside them."""
-    return {"rows": along_training(["incorrect", *PREVENTING])}
+    """The same of methods that are meant to keep wrong advice narrow."""
+    return along_training(HEADLINE, *PREVENTING)
 
 
 def repair() -> Record:
@@ -143,15 +139,16 @@ def examples_of(records: Sequence[Record], questions: Sequence[Question]) -> lis
     return [{key: one[key] for key in kept} for one in records if one["question_id"] in shown]
 
 
-def along_training(names: Iterable[str]) -> list[Record]:
+def along_training(*names: str) -> Record:
     """Margins at every measured step, and at the last one also how often the aligned answer is likelier."""
-    return [
+    rows = [
         row
         for name in names
         for step in EVERY[name].measured
         for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
         if row["metric"] == "margin" or step == EVERY[name].steps
     ]
+    return {"base": shifts(of_base(pair=lambda: pair_of(HEADLINE, 0, STEPS))), "rows": rows}
 
 
 def of_seeds(

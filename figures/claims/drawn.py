@@ -126,7 +126,9 @@ def agreement(results: Results) -> Figures:
 
 
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {
-    "claims_induce": along_training,
+    "claims_advice": along_training,
+    "claims_character": along_training,
+    "claims_sycophancy": along_training,
     "claims_prevent": along_training,
     "claims_repair": treated,
     "claims_gates": treated,
