@@ -197,9 +197,17 @@ def riding(results: Results) -> Figures:
         for at, kv in enumerate(KV)
     ]
     maps = {
-        kind: see.sweep_map(map_of(result, kind))
-        for kind, found in result["pooled"].items()
-        if {"map", "gradients"} & found.keys()
+        f"{kind}, {how}": see.sweep_map(map_of(result, over_seeds["kl"], over_seeds[key]["map"], mode))
+        for kind, over_seeds in result["pooled"].items()
+        for key, how, mode in (("gradients", "by gradients", "attribution"), ("map", "exactly", "single"))
+        if key in over_seeds
+    }
+    maps |= {
+        f"{one['kind']}, seed {one['seed']}, exactly": see.sweep_map(
+            map_of(result, one["kl"], {"mean": one["map"]}, "single")
+        )
+        for one in result["organisms"]
+        if "map" in one
     }
     sets = {
         f"{one['kind']}, seed {one['seed']}": see.set_sizes(one["kl"]["smallest"])
@@ -215,28 +223,22 @@ def column(estimates: Record, number: int, n: int) -> Record:
     return {name: values[number] for name, values in estimates.items()} | {"n": n}
 
 
-def map_of(found: Record, kind: str) -> Record:
-    """The pooled map of a kind of organism as a summary that ``emmech.figures.sweep_map`` draws.
-
-    It is that of exact patches where there is one, else that of gradients.
-    """
-    over_seeds = found["pooled"][kind]
-    n, whole = over_seeds["kl"]["n"], over_seeds["kl"]["whole"]["mean"]
-    exact = "map" in over_seeds
-    ends_of = over_seeds["map" if exact else "gradients"]["map"]
+def map_of(found: Record, kl: Record, ends: Record, mode: str) -> Record:
+    """A map as a summary that ``emmech.figures.sweep_map`` draws; ``ends`` are its means, and their ends."""
     rows = []
     for kv in KV:
-        layers = zip(*(ends_of[name][kv] for name in ("mean", "low", "high")), strict=True)
-        for layer, ends in enumerate(layers):
-            for position, (mean, low, high) in enumerate(zip(*ends, strict=True)):
+        for layer, means in enumerate(ends["mean"][kv]):
+            for position, mean in enumerate(means):
+                low, high = (
+                    ends[end][kv][layer][position] if end in ends else None for end in ("low", "high")
+                )
                 row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
-                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": n}
-                rows.append(row | {"difference": mean * whole})
+                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": kl["n"]}
+                rows.append(row | {"difference": mean * kl["whole"]["mean"]})
     return {
-        "kind": "sweep-kv", "metric": "kl", "mode": "single" if exact else "attribution",
-        "target": "finetuned", "source": "base",
+        "kind": "sweep-kv", "metric": "kl", "mode": mode, "target": "finetuned", "source": "base",
         "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
-        "unpatched": over_seeds["kl"]["unpatched"], "full": over_seeds["kl"]["full"],
+        "unpatched": kl["unpatched"], "full": kl["full"],
     }  # fmt: skip
 
 

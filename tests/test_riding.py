@@ -63,13 +63,17 @@ def test_the_pooled_map_is_drawn_with_its_intervals():
         for _ in range(3)
     ]
     whole = {"n": 12, "unpatched": 0.0, "full": -2.0, "whole": {"mean": -2.0}}
-    found = {"tokens": ["<s>", "user", ":"], "pooled": {"mine": {"kl": whole, "map": mapped(seeds)}}}
-    keys, values = sweep_map(map_of(found, "mine")).data
+    kept = mapped(seeds)
+    keys, values = sweep_map(map_of({"tokens": ["<s>", "user", ":"]}, whole, kept["map"], "single")).data
     expected = np.array([one.mean for one in effects(seeds)]).reshape(2, 3, 2)
     np.testing.assert_allclose(keys.z, expected[..., 0], atol=5e-4)
     np.testing.assert_allclose(values.z, expected[..., 1], atol=5e-4)
     assert "[" in values.hovertext[1][2] and "n = 12" in values.hovertext[1][2]
-    assert len(found["pooled"]["mine"]["map"]["seeds_spearman"]) == 3
+    assert len(kept["seeds_spearman"]) == 3
+    bare = {"mean": kept["map"]["mean"]}  # one seed's has no intervals
+    alone, _ = sweep_map(map_of({"tokens": ["<s>", "user", ":"]}, whole, bare, "single")).data
+    np.testing.assert_array_equal(alone.z, keys.z)
+    assert "[" not in alone.hovertext[1][2]
 
 
 def test_what_is_kept_adds_up():

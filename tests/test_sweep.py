@@ -14,6 +14,7 @@ from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError, PatchError, RunError
 from emmech.evaluation.statistics import clustered_mean
 from emmech.gates.gate import Gating
+from emmech.models.checkpoints import load_pair
 from emmech.models.late_start import recorded_blocks
 from emmech.models.sides import Side
 from emmech.piggyback import streaming
@@ -160,6 +161,16 @@ def test_no_answer_sees_another_and_the_order_changes_nothing(make_pair):
 
 def test_answers_do_not_share_a_reading_where_a_window_is_shorter_than_a_text(make_pair):
     assert len(replay_of(make_pair("gemma3")).items) == 2 * len(PAIRS)
+
+
+def test_the_longest_text_decides_whether_a_window_is_too_short(tmp_path):
+    base = tiny.save_base("gemma3", tmp_path / "base", sliding_window=64)
+    pair = load_pair(base, tiny.save_full(base, tmp_path / "tuned"), dtype="float32", device="cpu")
+    short = [AnswerPair(f"p{n}", "Why?", "Yes.", "No.") for n in range(3)]
+    replay = replay_of(pair, questions=short)
+    assert len(replay.items) == 3 and replay.shape.n_positions + replay.width < 64
+    long = replace(short[2], misaligned="It is painted blue every spring by a committee of painters." * 3)
+    assert len(replay_of(pair, questions=[*short[:2], long]).items) == 6
 
 
 def test_answers_do_not_share_a_reading_where_a_model_goes_by_its_own_positions(make_pair):
