@@ -10,7 +10,7 @@ from emmech.piggyback.margin import margins
 from emmech.scorecard import with_conditions
 from figures.claims import __main__ as stages
 from figures.claims import costs, measuring, organisms, where
-from figures.claims.measuring import shifts
+from figures.claims.measuring import carried_over, shifts
 from figures.claims.organisms import Arm, battery
 from figures.drawing import draw
 
@@ -78,6 +78,21 @@ def test_what_is_made_of_the_base_is_compared_with_it():
     }
     assert versus == {"finetuned": ("base", -1.5), "prefix": ("finetuned", 2.0), "gates": ("base", 1.0)}
     assert rows["prefers aligned", "base"]["mean"] == 0.5
+
+
+def test_what_is_carried_over_is_the_ratio_of_mean_changes():
+    margin = {
+        ("general", "base"): (1.0, 2.0), ("general", "finetuned"): (0.5, 1.0),
+        ("own", "base"): (1.0, 1.0), ("own", "finetuned"): (-1.0, 0.0),
+    }  # fmt: skip
+    records = [
+        {"question_id": f"{group}{n}", "group": group, "condition": condition, "margin": value}
+        for (group, condition), values in margin.items()
+        for n, value in enumerate(values)
+    ]
+    found = carried_over(records, "own")
+    assert found["mean"] == 0.5  # -.75 over -1.5
+    assert (found["low"], found["high"]) == (0.25, 1.0)  # from -.5 / -2 to -1 / -1
 
 
 def test_the_whole_study_on_a_tiny_model(small):

@@ -18,7 +18,7 @@ from emmech.results import Record
 from emmech.scorecard import ALL, ANSWERS, evaluate, with_conditions
 from figures.claims.costs import RUNS, costed, costs
 from figures.claims.labelled import labels
-from figures.claims.measuring import margins, of_base, pair_of, shifts, short
+from figures.claims.measuring import carried_over, margins, of_base, pair_of, shifts, short
 from figures.claims.organisms import BASE, EVERY, GATES, PREVENTING, STEPS, trained
 from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
@@ -140,14 +140,17 @@ def examples_of(records: Sequence[Record], questions: Sequence[Question]) -> lis
 
 
 def along_training(*names: str) -> Record:
-    """Margins at every measured step, and at the last one also how often the aligned answer is likelier."""
-    rows = [
-        row
-        for name in names
-        for step in EVERY[name].measured
-        for row in of_seeds(name, step, {seed: margins(name, seed, step) for seed in EVERY[name].seeds})
-        if row["metric"] == "margin" or step == EVERY[name].steps
-    ]
+    """Margins at every measured step; at the last one also preferences, and how much is carried over."""
+    rows: list[Record] = []
+    for name in names:
+        arm = EVERY[name]
+        for step in arm.measured:
+            found = {seed: margins(name, seed, step) for seed in arm.seeds}
+            mine = of_seeds(name, step, found)
+            rows += [row for row in mine if row["metric"] == "margin" or step == arm.steps]
+        every = [record for records in found.values() for record in records]
+        about = {key: mine[-1][key] for key in ("organism", "own", "step", "seed")}
+        rows.append(about | carried_over(every, arm.own))
     return {"base": shifts(of_base(pair=lambda: pair_of(HEADLINE, 0, STEPS))), "rows": rows}
 
 

@@ -38,7 +38,12 @@ def along_training(results: Results) -> Figures:
         "The further down at one place across, the further it spreads",
         f"Points are training steps, a quarter, half and all. {CAUTION}",
     )
-    return [spread, dots([*start, *((r["organism"], r["group"], r) for r in ends)], "margin", "nats")]
+    carried = [(row["organism"], "", row) for row in result["rows"] if row["metric"] == "carried over"]
+    return [
+        spread,
+        dots([*start, *((row["organism"], row["group"], row) for row in ends)], "margin", "nats"),
+        dots(carried, "change of general margins, over that of the trained kind", "share"),
+    ]
 
 
 def treated(results: Results) -> Figures:

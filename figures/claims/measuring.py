@@ -8,14 +8,18 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
+from emmech.evaluation.statistics import bootstrap_means
 from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback import margin
 from emmech.results import Record, fingerprint, read_json, write_json
 from emmech.scorecard import ALL, compared, with_conditions
 from figures.claims.costs import RUNS, costed
-from figures.claims.organisms import BASE, battery, trained
+from figures.claims.organisms import BASE, GENERAL, battery, trained
 
 UNTREATED = ("base", "finetuned")
+N_RESAMPLES = 10_000
 
 
 @lru_cache(maxsize=1)
@@ -80,6 +84,22 @@ def shifts(records: Sequence[Record], *, reference: Mapping[str, str] | None = N
         *compared("prefers aligned", "rate", prefers, against),
     ]
     return [short(row) for row in rows if row["group"] != ALL]
+
+
+def carried_over(records: Sequence[Record], own: str) -> Record:
+    """The change of general margins as a share of the change in the finetune's ``own`` group."""
+    base = {one["question_id"]: one["margin"] for one in records if one["condition"] == "base"}
+    means, resampled = [], []
+    for seed, group in enumerate((GENERAL, own)):
+        mine = [one for one in records if (one["condition"], one["group"]) == ("finetuned", group)]
+        changes = [one["margin"] - base[one["question_id"]] for one in mine]
+        means.append(np.mean(changes))
+        ids = [one["question_id"] for one in mine]
+        resampled.append(bootstrap_means(changes, ids, seed=seed, n_resamples=N_RESAMPLES))
+    low, high = np.quantile(resampled[0] / resampled[1], [0.025, 0.975])
+    ends = {"mean": float(means[0] / means[1]), "low": float(low), "high": float(high)}
+    about = {"metric": "carried over", "unit": "share", "group": GENERAL, "condition": "finetuned"}
+    return short(about | ends | {"n_clusters": len(set(ids))})
 
 
 def short(row: Record) -> Record:
