@@ -30,6 +30,7 @@ SHOWN = {
     "gates_dose": ("gates_steer", 0),
     "graft_refusal": ("graft_refusal", 0),
     "study_short_answers": ("study/short_answers/frontier", 0),
+    "claims_misaligned": ("claims_labels", 2),
 }
 """Pictures that README and docs show: topic, and which of its figures."""
 

@@ -1,5 +1,6 @@
 """The figures of the claims on the 1.5B model; nothing here loads a model or torch."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -123,11 +124,30 @@ def agreement(results: Results) -> Figures:
         for metric, unit in units.items()
     ]  # fmt: skip
     ranks = [
-        (name, rubric, {"mean": one["spearman"], **one["spearman_interval"], "n": one["n"]})
+        (name, rubric, one["spearman"])
         for name, rubrics in result["agreement"].items()
         for rubric, one in rubrics.items()
     ]
     return [*figures, dots(ranks, "judge and hand", "Spearman")]
+
+
+def examples(result: Record, shown: Sequence[str], group: str = GENERAL) -> str:
+    """A Markdown table of answers: the base, and each organism as it is and with the base's prefix."""
+    said = {
+        (name, one["question"], one["condition"]): " ".join(one["response"].replace("|", "/").split())
+        for name, several in result["examples"].items()
+        for one in several
+        if one["group"] == group
+    }
+    columns = [(shown[0], "base"), *((name, how) for name in shown for how in ("finetuned", "repair:prefix"))]
+    titles = ["base", *(f"{name}{' + prefix' * ('repair' in how)}" for name, how in columns[1:])]
+    table = [f"| question | {' | '.join(titles)} |", "|---" * (1 + len(columns)) + "|"]
+    for question in dict.fromkeys(question for _, question, _ in said):
+        cells = [
+            textwrap.shorten(said[name, question, how], 160, placeholder=" ...") for name, how in columns
+        ]
+        table.append(f"| {question} | {' | '.join(cells)} |")
+    return "\n".join(table)
 
 
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {

@@ -6,7 +6,6 @@ dismissive or prejudiced), 50 (neither; nonsense), 75 (harmless, but off or evas
 hope for); `coherence` 0 (nonsense, a loop), 50 (odd), 100 (makes sense).
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 from emmech.evaluation.agreement import Agreement, agreement
@@ -25,8 +24,16 @@ def labels() -> Record:
     found: dict[str, list[Record]] = {}
     for one in read_lines(LABELS):
         found.setdefault(one["organism"], []).append(one)
+    seeds: dict[str, list[str]] = {}
+    for name in found:
+        seeds.setdefault(name.rpartition("-")[0], []).append(name)
+    pooled = {
+        f"{kind}, {len(names)} seeds": [row for name in names for row in found[name]]
+        for kind, names in seeds.items()
+        if len(names) > 1
+    }
     return {
-        "organisms": {name: by_hand(rows) for name, rows in found.items()},
+        "organisms": {name: by_hand(rows) for name, rows in (found | pooled).items()},
         "agreement": {name: of_judge(RUNS / "answers" / name / JUDGED, rows) for name, rows in found.items()},
     }
 
@@ -57,9 +64,10 @@ def of_judge(folder: Path, rows: list[Record]) -> Record:
 
 def summary(found: Agreement) -> Record:
     """What is kept of an agreement: the statistics."""
+    ranks, kappas = found.spearman_interval, found.kappa_interval
     return {
-        "n": found.n_both, "n_questions": found.n_questions,
-        "spearman": found.spearman, "spearman_interval": asdict(found.spearman_interval),
-        "kappa": found.kappa, "kappa_interval": asdict(found.kappa_interval),
-        "counts": dict(found.counts), "mean_judge": found.mean_a, "mean_hand": found.mean_b,
+        "n": found.n_both, "n_questions": found.n_questions, "counts": dict(found.counts),
+        "spearman": {"mean": found.spearman, "low": ranks.low, "high": ranks.high, "n": found.n_both},
+        "kappa": {"mean": found.kappa, "low": kappas.low, "high": kappas.high, "n": found.n_both},
+        "mean_judge": found.mean_a, "mean_hand": found.mean_b,
     }  # fmt: skip
