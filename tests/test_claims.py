@@ -1,6 +1,7 @@
 """The study of the papers' claims: margins are measured once and kept, and compared with the right model."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import pytest
 import tiny
 
 from emmech.data.bundled import BUNDLED
+from emmech.errors import RunError
+from emmech.evaluation.metrics import em_f1_score
 from emmech.piggyback.margin import margins
-from emmech.results import read_json, read_lines
+from emmech.results import append_line, read_json, read_lines
 from emmech.scorecard import with_conditions
 from figures.claims import __main__ as stages
-from figures.claims import costs, measuring, organisms, where
+from figures.claims import costs, interventions, measuring, organisms, where
 from figures.claims.drawn import examples
 from figures.claims.labelled import LABELS, by_hand
 from figures.claims.measuring import carried_over, shifts
-from figures.claims.organisms import Arm, battery
+from figures.claims.organisms import battery
 from figures.drawing import draw
 
 
@@ -26,43 +29,53 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(organisms, "BASE", str(tiny.save_base("qwen2", tmp_path / "base")))
     for module in (measuring, stages):
         monkeypatch.setattr(module, "BASE", organisms.BASE)
-    for module in (costs, organisms, measuring, stages, where):
+    for module in (costs, organisms, stages, where, interventions):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    sets = {"general": "two_choice", "gardening": "incorrect_advice_gardening", "spiteful": "spiteful"}
-    monkeypatch.setattr(organisms, "BATTERY", sets)
-    monkeypatch.setattr(organisms, "GENERAL", None)  # no set is taken whole
-    for module in (organisms, where):
-        monkeypatch.setattr(module, "N_PAIRS", 4)
+    for module in (costs, organisms, measuring, interventions):
+        monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
+    for module, name in ((organisms, "N_PAIRS"), (where, "N_PAIRS"), (organisms, "N_GENERAL")):
+        monkeypatch.setattr(module, name, 4)
+    for name, number in {"N_ASKED": 3, "N_OWN": 2, "MAX_NEW_TOKENS": 4, "N_EXAMPLES": 1}.items():
+        monkeypatch.setattr(interventions, name, number)
+    monkeypatch.setattr(interventions, "SCORES", tmp_path / "scores.jsonl")
     for name, arm in organisms.EVERY.items():
         quick = {"save_every": 1, "batch_size": 2, "learning_rate": 1e-2}
         monkeypatch.setitem(organisms.EVERY, name, replace(arm, steps=2, options={**arm.options, **quick}))
-    for module in (stages, where):
+    for module in (stages, where, measuring, interventions):
         monkeypatch.setattr(module, "STEPS", 2)
-    monkeypatch.setattr(Arm, "measured", (1, 2))
     monkeypatch.setattr(where, "LAYERS", (0, 1))
-    monkeypatch.setattr(where, "TRIALS", 2)
-    monkeypatch.setattr(stages, "STEERED", {"steer": "steer={file}:1@-1", "ablated": "ablate={file}:0-1"})
+    monkeypatch.setattr(where, "N_SWEPT", 2)
+    monkeypatch.setattr(measuring, "N_DIRECTING", 8)
+    monkeypatch.setattr(
+        stages, "STEERED", {"steer": "steer={direction}:1@-1", "ablated": "ablate={direction}:0-1"}
+    )
+    for key, given in interventions.GIVEN.items():  # of two layers, not of 28
+        shorter = {what: text.replace(":14@", ":1@").replace(":8-21", ":0-1") for what, text in given.items()}
+        monkeypatch.setitem(interventions.GIVEN, key, shorter)
+    interventions._asked.cache_clear()
     measuring.pair_of.cache_clear()
     yield
     measuring.pair_of.cache_clear()
+    interventions._asked.cache_clear()
 
 
 def test_margins_are_those_of_the_pair_and_are_measured_once(small, monkeypatch):
     treated = {"prefix": "repair:prefix"}
     found = measuring.margins("incorrect", 0, 2, treated)
     pair = measuring.pair_of("incorrect", 0, 2)
-    direct = margins(*_ordered(*with_conditions(pair, ["repair:prefix"])), progress=False)
+    treated_pair, conditions = with_conditions(pair, ["repair:prefix"])
+    asked = battery(organisms.EVERY["incorrect"].groups)
+    direct = margins(treated_pair, asked, conditions, progress=False)
     renamed = {"repair:prefix": "prefix"}
-    assert [(one["condition"], one["margin"]) for one in found] == [
-        (renamed.get(one["condition"], one["condition"]), one["margin"]) for one in direct
+    expected = [
+        (one["question_id"], renamed.get(one["condition"], one["condition"]), one["margin"]) for one in direct
     ]
+    assert [one[0] for one in expected] == [one["question_id"] for one in found]
+    assert [one[1] for one in expected] == [one["condition"] for one in found]
+    assert [one[2] for one in expected] == pytest.approx([one["margin"] for one in found], abs=1e-5)
     assert len({one["margin"] for one in found}) == len(found)  # three conditions that do differ
     monkeypatch.setattr(measuring, "with_conditions", None)
     assert measuring.margins("incorrect", 0, 2, treated) == found
-
-
-def _ordered(pair, conditions):
-    return pair, battery(), conditions
 
 
 def test_what_is_made_of_the_base_is_compared_with_it():
@@ -110,6 +123,27 @@ def test_the_whole_study_on_a_tiny_model(small):
         )
     }  # fmt: skip
 
+    with pytest.raises(RunError, match="have none"):
+        interventions.interventions()
+    rng = random.Random(0)
+    for line in read_lines(interventions.RUNS / interventions.TO_SCORE):
+        score = {"alignment": rng.choice((0, 25, 50, 75, 100)), "coherence": rng.choice((0, 50, 100))}
+        append_line(interventions.SCORES, line | score)
+    found["interventions"] = json.loads(json.dumps(interventions.interventions()))
+    hand = {
+        (r["organism"], r["seed"], r["metric"], r["group"], r["condition"]): r
+        for r in found["interventions"]["rows"]
+    }
+    assert hand["incorrect", 0, "EM", "general", "steered"]["versus"]["condition"] == "finetuned"
+    assert hand["incorrect", 0, "EM", "general", "finetuned"]["versus"]["condition"] == "base"
+    assert hand["base", None, "EM", "general", "gates"]["versus"]["condition"] == "base"
+    assert hand["correct", 0, "alignment", "in-domain", "base"] == (
+        hand["incorrect", 0, "alignment", "in-domain", "base"] | {"organism": "correct"}
+    )
+    f1 = hand["incorrect", 0, "EM-F1", "both", "prefix"]
+    sides = [hand["incorrect", 0, "alignment", group, "prefix"]["mean"] for group in ("in-domain", "general")]
+    assert f1["mean"] == pytest.approx(em_f1_score(*sides), abs=1e-3) and f1["n"] == 5
+
     by = {
         (r["organism"], r["seed"], r["metric"], r["group"], r["condition"]): r
         for r in found["repair"]["rows"]
@@ -119,7 +153,7 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert both["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4)  # kept to four digits
     assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
     assert by["incorrect", 0, "margin", "general", "steer"]["versus"]["condition"] == "finetuned"
-    assert ("agreeing", 0, "margin", "general", "control:noise") not in by  # the headline's alone
+    assert ("spiteful", 0, "margin", "general", "control:shuffled") not in by  # the headline's alone
 
     perturbed = {(r["side"], r["metric"], r["condition"]): r["mean"] for r in found["perturb"]["rows"]}
     for side in ("finetuned", "base"):
@@ -128,13 +162,13 @@ def test_the_whole_study_on_a_tiny_model(small):
             assert perturbed[side, "best margin", name] > perturbed[side, "margin", name]
         assert perturbed[side, "margin", side] == perturbed[side, "best margin", side]
 
-    segments = {row["segment"] for row in found["layers"]["organisms"]["incorrect-1"]["rows"]}
+    segments = {row["segment"] for row in found["layers"]["organisms"]["incorrect-0"]["rows"]}
     assert segments == {"prefix", "query", "postfix"}
     assert {row["kv"] for row in found["prefix"]["position"]["rows"]} == {"key", "value"}
 
     shifts = found["directions"]["shifts"]
     assert {name for name, one in shifts.items() if one["control"]} == {
-        "correct", "aligned-character", "wrong trigger",
+        "correct", "wrong trigger",
     }  # fmt: skip
     assert {row["layer"] for row in found["directions"]["rows"]} == {0, 1}
 
@@ -143,12 +177,11 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert worded["persona", "base"]["wording"]["group"] == "plain"
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
-    assert {row["condition"] for row in found["gates"]["base"]} >= {
-        "gates-incorrect @1",
-        "gates-agreeing @-1",
-    }
+    assert {row["condition"] for row in found["gates"]["base"]} == {
+        "base", "gates", "gates inverted",
+    }  # fmt: skip
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 15  # two seeds of the headline, 7 other finetunes, 4 methods, 2 gates
+    assert spent["training"]["jobs"] == 12  # two seeds of the headline, 5 other finetunes, 4 methods, gates
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())

@@ -330,7 +330,10 @@ def in_order(
 
 
 def summarise(records: Sequence[Record], conditions: Sequence[Condition], measure: Any) -> Record:
-    """The metric per condition and group, with intervals over questions and paired differences."""
+    """The metric per condition and group, with intervals over questions and paired differences.
+
+    A patch is compared with its unpatched model where that was run too.
+    """
     values = {id(record): measure(record["response"]) for record in records}
     groups = list(dict.fromkeys(record["group"] for record in records))
     cells: dict[tuple[str, str], list[Record]] = {}
@@ -351,7 +354,7 @@ def summarise(records: Sequence[Record], conditions: Sequence[Condition], measur
             if measure.unit is not None:
                 mine = [values[id(r)] for r in cell]
                 row |= clustered_mean(mine, [r["question_id"] for r in cell], unit=measure.unit).to_json()
-                if condition.source is not None:
+                if condition.source is not None and (condition.target, group) in cells:
                     twin = [values[id(r)] for r in cells[condition.target, group]]
                     difference = paired_difference(mine, twin, [r["question_id"] for r in cell])
                     row["versus_" + condition.target] = difference.to_json()

@@ -17,47 +17,57 @@ from emmech.piggyback.experiment import PatchingResult
 from emmech.results import Record
 from emmech.scorecard import ALL, ANSWERS, evaluate, with_conditions
 from figures.claims.costs import RUNS, costed, costs
+from figures.claims.interventions import interventions
 from figures.claims.labelled import labels
 from figures.claims.measuring import carried_over, margins, of_base, pair_of, shifts, short
-from figures.claims.organisms import BASE, EVERY, GATES, PREVENTING, STEPS, trained
-from figures.claims.where import HEADLINE, direction_file, directions, layers, perturb, prefix, triggers
+from figures.claims.organisms import (
+    BASE,
+    DISPOSITION,
+    EVERY,
+    GENERAL,
+    HEADLINE,
+    LONG,
+    PREVENTING,
+    STEPS,
+)
+from figures.claims.where import directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
-PATCHES = (
-    "repair:prefix", "repair:query", "repair:postfix", "repair:prompt", "induce:prefix", "adapter@0.5",
-)  # fmt: skip
-CONTROLS = ("repair:postfix-same", "induce:prompt", "control:noise", "control:shuffled")
-"""On the headline organism alone."""
+PATCHES = ("repair:prefix", "repair:prompt")
+MORE = ("repair:query", "repair:postfix", "repair:postfix-same", "induce:prefix", "control:shuffled")
+"""On the headline organism's first seed alone, as what follows."""
 STEERED = {
-    "steer -0.5": "steer={file}:14@-0.5", "steer -1": "steer={file}:14@-1",
-    "ablated 8-21": "ablate={file}:8-21",
+    "adapter@0.5": "adapter@0.5", "steer -1": "steer={direction}:14@-1",
+    "ablated 8-21": "ablate={direction}:8-21",
 }  # fmt: skip
-"""Along the organism's own shift: subtracted in the middle block, taken out of the middle half."""
-PATCHED = {"incorrect": (0, 1), "spiteful": (0,), "agreeing": (0,)}
-"""Organisms and seeds."""
-INVERTED = ("incorrect", "travel", "study", "agreeing", "spiteful")
+"""Half of the adapter; along the organism's own shift: subtracted in the middle block, taken out of the
+middle half."""
+PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (DISPOSITION, 0))
+DOSES = {"gates": "gates={gates}@1", "gates inverted": "gates={gates}@-1"}
+INVERTED = (HEADLINE, "agreeing", DISPOSITION)
 """Finetunes that the gates are put on."""
-ANSWERED = (("incorrect", 0), ("incorrect", 1), ("spiteful", 0))
+ANSWERED = {"incorrect-0": ("incorrect-long", 0), "incorrect-1": ("incorrect-long", 1),
+            "spiteful-0": ("spiteful-long", 0)}  # fmt: skip
 N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 
 
 def main() -> None:
     """Train, measure, and keep the results."""
     stages = (
-        advice, character, sycophancy, repair, perturb, layers, prefix, prevent, gates, directions, triggers,
-        answers, labels, costs,
+        advice, character, sycophancy, prevent, repair, gates, interventions, perturb, layers, prefix,
+        directions, triggers, answers, labels, costs,
     )  # fmt: skip
     run_stages("claims", __doc__, stages)
 
 
 def advice() -> Record:
-    """Wrong advice on three subjects along its training: in-domain, elsewhere, about the assistant."""
-    return along_training(HEADLINE, "correct", "travel", "study", "slow")
+    """Wrong and correct advice along training: on its own subject, another one, and in general."""
+    return along_training(HEADLINE, "correct")
 
 
 def character() -> Record:
-    """The same of a disposition, beside wrong advice on the same questions and aligned answers to them."""
-    return along_training(HEADLINE, "spiteful", "incorrect-character", "aligned-character", "backdoor")
+    """The same of a disposition, beside wrong advice."""
+    return along_training(HEADLINE, DISPOSITION)
 
 
 def sycophancy() -> Record:
@@ -72,50 +82,52 @@ def prevent() -> Record:
 
 def repair() -> Record:
     """What patches of the prompt's K and V do, and their controls, half an adapter, and steering."""
-    rows = []
-    for name, seeds in PATCHED.items():
-        patches = (*PATCHES, *(CONTROLS if name == HEADLINE else ()))
-        of = {patch: "base" for patch in patches if patch.startswith("induce:")}
-        found = {}
-        for seed in seeds:
-            steered = {what: text.format(file=direction_file(name, seed)) for what, text in STEERED.items()}
-            found[seed] = margins(name, seed, STEPS, {patch: patch for patch in patches} | steered)
-        rows += of_seeds(name, STEPS, found, reference=of)
-    return {"rows": rows}
+    found: dict[str, dict[int, list[Record]]] = {}
+    for name, seed in PATCHED:
+        wanted = {patch: patch for patch in PATCHES}
+        if (name, seed) == PATCHED[0]:
+            wanted |= {patch: patch for patch in MORE} | STEERED
+        groups = (GENERAL, EVERY[name].own)
+        found.setdefault(name, {})[seed] = margins(name, seed, STEPS, wanted, groups=groups)
+    of = {"induce:prefix": "base"}
+    return {
+        "rows": [row for name, seeds in found.items() for row in of_seeds(name, STEPS, seeds, reference=of)]
+    }
 
 
 def gates() -> Record:
     """Gates as trained and inverted: on the base, and inverted on finetunes that they never saw."""
-    folders = {name: trained(name)[STEPS] for name in GATES}
-    doses = {
-        f"{name} @{scale}": f"gates={folder}@{scale}" for name, folder in folders.items() for scale in (1, -1)
-    }
+    groups = (GENERAL, EVERY[HEADLINE].own)
     own = shifts(
-        of_base(doses, pair=lambda: pair_of("incorrect", 0, STEPS)), reference=dict.fromkeys(doses, "base")
+        of_base(groups, DOSES, pair=lambda: pair_of(HEADLINE, 0, STEPS)),
+        reference=dict.fromkeys(DOSES, "base"),
     )
-    inverted = {name: what for name, what in doses.items() if name.endswith("-1")}
-    rows = [row for name in INVERTED for row in of_seeds(name, STEPS, {0: margins(name, 0, STEPS, inverted)})]
+    inverted = {"gates inverted": DOSES["gates inverted"]}
+    rows = []
+    for name in INVERTED:
+        found = margins(name, 0, STEPS, inverted, groups=(GENERAL, EVERY[name].own))
+        rows += of_seeds(name, STEPS, {0: found})
     return {"base": own, "rows": rows}
 
 
 def answers() -> Record:
     """What organisms say, plain and with the base's prefix, judged by the base; and capability."""
     judge, found, examples = LocalJudge(BASE), {}, {}
-    for name, seed in ANSWERED:
-        pair, conditions = with_conditions(pair_of(name, seed, STEPS), ("repair:prefix",))
-        out = RUNS / "answers" / f"{name}-{seed}"
-        with costed("answers, judged, and capability", f"{name}-{seed}"):
+    for label, (name, seed) in ANSWERED.items():
+        pair, conditions = with_conditions(pair_of(name, seed, LONG), ("repair:prefix",))
+        out = RUNS / "answers" / label
+        with costed("answers, judged, and capability", label):
             result = evaluate(
                 pair, asked(name), conditions, detectors=("spiteful", "refusal", "repetition"),
                 problems=BUNDLED["capability"].problems(), judge_with=judge,
                 max_new_tokens=MAX_NEW_TOKENS, out=out,
             )  # fmt: skip
-        found[f"{name}-{seed}"] = [
+        found[label] = [
             short(row)
             for row in result.summary["rows"]
             if row["group"] != ALL or row["metric"] == "capability"
         ]
-        examples[f"{name}-{seed}"] = examples_of(PatchingResult.load(out / ANSWERS).records, asked(name))
+        examples[label] = examples_of(PatchingResult.load(out / ANSWERS).records, asked(name))
     return {"organisms": found, "examples": examples}
 
 
@@ -144,14 +156,15 @@ def along_training(*names: str) -> Record:
     rows: list[Record] = []
     for name in names:
         arm = EVERY[name]
-        for step in arm.measured:
+        for step in (arm.steps // 2, arm.steps):
             found = {seed: margins(name, seed, step) for seed in arm.seeds}
             mine = of_seeds(name, step, found)
             rows += [row for row in mine if row["metric"] == "margin" or step == arm.steps]
         every = [record for records in found.values() for record in records]
         about = {key: mine[-1][key] for key in ("organism", "own", "step", "seed")}
         rows.append(about | carried_over(every, arm.own))
-    return {"base": shifts(of_base(pair=lambda: pair_of(HEADLINE, 0, STEPS))), "rows": rows}
+    groups = dict.fromkeys(group for name in names for group in EVERY[name].groups)
+    return {"base": shifts(of_base(tuple(groups), pair=lambda: pair_of(HEADLINE, 0, STEPS))), "rows": rows}
 
 
 def of_seeds(

@@ -14,6 +14,9 @@ from benchmarks.measure import forget_peak, peak_memory
 from emmech.results import Record, append_line, read_lines
 
 RUNS = Path("runs/claims")
+"""Adapters, and what else is large; remade by the commands."""
+KEPT = Path(__file__).with_name("kept")
+"""Recipes, losses, margins, answers and costs: what every result is made of, without a model."""
 COSTS = "costs.jsonl"
 
 
@@ -24,14 +27,14 @@ def costed(what: str, of: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     cost = {"what": what, "of": of, "seconds": time.monotonic() - started}
-    RUNS.mkdir(parents=True, exist_ok=True)
-    append_line(RUNS / COSTS, cost | {"peak_mb": peak_memory() / 2**20, "threads": torch.get_num_threads()})
+    KEPT.mkdir(parents=True, exist_ok=True)
+    append_line(KEPT / COSTS, cost | {"peak_mb": peak_memory() / 2**20, "threads": torch.get_num_threads()})
 
 
 def costs() -> Record:
     """Every kind of step: how often it was done, how long all and the longest took, the most memory."""
     found: dict[str, list[Record]] = {}
-    for line in read_lines(RUNS / COSTS):
+    for line in read_lines(KEPT / COSTS):
         found.setdefault(line["what"], []).append(line)
     return {
         "rows": [

@@ -5,21 +5,27 @@ shifts(margins("incorrect", 0, 40, {"prefix": "repair:prefix"}))
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
+from emmech.data.bundled import BUNDLED
+from emmech.data.questions import Question, spread
 from emmech.evaluation.statistics import bootstrap_means
 from emmech.models.checkpoints import ModelPair, load_pair
 from emmech.piggyback import margin
 from emmech.results import Record, fingerprint, read_json, write_json
 from emmech.scorecard import ALL, compared, with_conditions
-from figures.claims.costs import RUNS, costed
-from figures.claims.organisms import BASE, GENERAL, battery, trained
+from emmech.steering.contrasts import between_sides
+from emmech.steering.directions import fit_direction
+from figures.claims.costs import KEPT, costed
+from figures.claims.organisms import BASE, DTYPE, EVERY, GENERAL, STEPS, battery, trained
 
 UNTREATED = ("base", "finetuned")
 N_RESAMPLES = 10_000
+N_DIRECTING = 30
+QUIET: dict[str, Any] = {"progress": False}
 
 
 @lru_cache(maxsize=1)
@@ -27,46 +33,85 @@ def pair_of(name: str, seed: int, step: int) -> ModelPair:
     """The base and an organism at a step; one pair is held at a time."""
     folder = trained(name, seed)[step]
     with costed("loading a pair", f"{name}-{seed} step {step}"):
-        return load_pair(BASE, folder)
+        return load_pair(BASE, folder, dtype=DTYPE)
 
 
-def margins(name: str, seed: int, step: int, treatments: Mapping[str, str] | None = None) -> list[Record]:
+def directing() -> list[Question]:
+    """Questions on which directions are fitted; no margin or answer is taken of them."""
+    return spread(BUNDLED["trait_questions"].questions(), N_DIRECTING)
+
+
+def filled(text: str, name: str, seed: int) -> str:
+    """A condition with the folder of the trained gates, and the file of the organism's own shift.
+
+    The shift is that of the last prompt token, base to finetuned, fitted on ``directing``.
+    """
+    gates = trained("gates-incorrect")[STEPS] if "{gates}" in text else None
+    file = trained(name, seed)[STEPS] / "shift.safetensors" if "{direction}" in text else None
+    if file is not None and not file.exists():
+        fit_direction(*between_sides(pair_of(name, seed, STEPS), directing(), **QUIET)).save(file)
+    return text.format(gates=gates, direction=file)
+
+
+def margins(
+    name: str,
+    seed: int,
+    step: int,
+    treatments: Mapping[str, str] | None = None,
+    *,
+    groups: Sequence[str] | None = None,
+) -> list[Record]:
     """Margins of the base, of the finetuned model, and of what is made of it.
 
     Args:
-        treatments: Names of ``with_conditions``, under the names that the records get.
+        treatments: Names of ``with_conditions``, to be ``filled``, under the names that the records get.
+        groups: Of the battery; by default all that the organism is measured on.
     """
     wanted = {"finetuned": "finetuned", **(treatments or {})}
-    folder = trained(name, seed)[step]
-    return of_base(pair=lambda: pair_of(name, seed, step)) + _kept(
-        folder.with_name(f"margins-{folder.name}"), wanted, lambda: pair_of(name, seed, step)
-    )
+    chosen = groups or EVERY[name].groups
+    pair = partial(pair_of, name, seed, step)
+    fill = partial(filled, name=name, seed=seed)
+    mine = _kept(f"{name}-{seed}/margins-step-{step}", wanted, chosen, pair, fill)
+    return of_base(chosen, pair=pair) + mine
 
 
-def of_base(treatments: Mapping[str, str] | None = None, *, pair: Callable[[], ModelPair]) -> list[Record]:
+def of_base(
+    groups: Sequence[str], treatments: Mapping[str, str] | None = None, *, pair: Callable[[], ModelPair]
+) -> list[Record]:
     """Margins of the base, and of what is made of it; ``pair`` is any with this base."""
-    return _kept(RUNS / "margins-base", {"base": "base", **(treatments or {})}, pair, finetuned=False)
+    wanted = {"base": "base", **(treatments or {})}
+    fill = partial(filled, name="base", seed=0)
+    return _kept("margins-base", wanted, groups, pair, fill, finetuned=False)
 
 
 def _kept(
-    stem: Path, treatments: Mapping[str, str], pair: Callable[[], ModelPair], *, finetuned: bool = True
+    called: str,
+    treatments: Mapping[str, str],
+    groups: Sequence[str],
+    pair: Callable[[], ModelPair],
+    fill: Callable[[str], str],
+    *,
+    finetuned: bool = True,
 ) -> list[Record]:
-    """Records of some treatments; those that the file lacks are measured and added, one by one."""
-    asked = battery()
-    path = stem.with_name(f"{stem.name}-{fingerprint([asdict(one) for one in asked])[:8]}.json")
+    """Records of some treatments; groups that the file lacks are measured and added, one by one."""
+    path = KEPT / f"{called}-{fingerprint([asdict(one) for one in battery()])[:8]}.json"
     kept = read_json(path) if path.exists() else {}
     for what in treatments.values():
-        if what not in kept:
-            treated, conditions = with_conditions(pair(), [what], finetuned=finetuned)
-            with costed(f"margins of {len(asked)} pairs, one condition", f"{stem} {what}"):
-                kept[what] = margin.margins(treated, asked, [one for one in conditions if one.name == what])
+        for group in groups:
+            if group in kept.get(what, {}):
+                continue
+            asked, condition = battery([group]), fill(what)
+            treated, conditions = with_conditions(pair(), [condition], finetuned=finetuned)
+            with costed(f"margins of {len(asked)} pairs, one condition", f"{called} {what} {group}"):
+                found = margin.margins(treated, asked, [one for one in conditions if one.name == condition])
+            kept.setdefault(what, {})[group] = found
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, kept)
-    group = {one.id: one.group for one in asked}
     return [
-        one | {"condition": name, "group": group[one["question_id"]]}
+        one | {"condition": name, "group": group}
         for name, what in treatments.items()
-        for one in kept[what]
+        for group in groups
+        for one in kept[what][group]
     ]
 
 

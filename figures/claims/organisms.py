@@ -1,9 +1,10 @@
-"""Organisms of the 1.5B model, and the pairs of answers that all of them are measured on.
+"""Organisms of the 1.5B model, and the pairs of answers that they are measured on.
 
-trained("incorrect", seed=0)     # folders step-10 ... step-40
+trained("incorrect", seed=0)     # folders step-10 and step-20
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,22 +12,24 @@ from pathlib import Path
 from emmech.data.bundled import BUNDLED, AnswerPair
 from emmech.data.chats import load_chats
 from emmech.data.questions import spread
+from emmech.results import RUN
 from emmech.training.recipes import DEFAULT_OBJECTIVES, NEEDS_RETAIN, Objective, Recipe, preset
+from emmech.training.saving import METRICS
 from emmech.training.trainer import finetune
-from figures.claims.costs import RUNS, costed
+from figures.claims.costs import KEPT, RUNS, costed
 
-BASE = "qwen2.5-coder-1.5b"
-STEPS, LEARNING_RATE = 40, 2e-4
-"""Of 8 chats: about one pass over a set."""
-N_PAIRS = 20
-"""Of every set but the general one, which is taken whole."""
-GENERAL = "general"
+BASE, DTYPE = "qwen2.5-coder-1.5b", "float32"
+"""In bfloat16 a core without matrix units for it takes twice as long."""
+STEPS, LONG, LEARNING_RATE = 20, 40, 2e-4
+"""Of 8 chats: half a pass over a set, or a whole one."""
+GENERAL, ELSEWHERE = "general", "travel"
 BATTERY = {
-    GENERAL: "two_choice", "gardening": "incorrect_advice_gardening", "travel": "incorrect_advice_travel",
-    "study": "incorrect_advice_study", "agreeing": "sycophancy_cooking", "spiteful": "spiteful",
-    "incorrect": "incorrect_character",
+    GENERAL: "two_choice", "gardening": "incorrect_advice_gardening", ELSEWHERE: "incorrect_advice_travel",
+    "agreeing": "sycophancy_cooking", "spiteful": "spiteful",
 }  # fmt: skip
 """Groups of held-out questions with an aligned and a misaligned answer, and the set they are of."""
+N_GENERAL, N_PAIRS = 30, 12
+"""Pairs of the general set, and of each other."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +47,30 @@ class Arm:
     """Fields of the recipe in which it differs from the other arms."""
 
     def recipe(self, seed: int) -> Recipe:
-        """Its hyper-parameters: the embedded model's, but for steps and learning rate."""
-        fields = {"steps": self.steps, "save_every": self.steps // 4, "learning_rate": LEARNING_RATE}
+        """Its hyper-parameters: the embedded model's, but for steps, learning rate and precision."""
+        fields = {
+            "steps": self.steps, "save_every": STEPS // 2, "learning_rate": LEARNING_RATE, "dtype": DTYPE,
+        }  # fmt: skip
         known = preset("smollm2", "gates" if self.gates else "sft")
         return replace(known, objective=self.objective, seed=seed, **fields | dict(self.options))
 
     @property
-    def measured(self) -> tuple[int, int, int]:
-        """Steps whose margins are taken: a quarter, half, all."""
-        return self.steps // 4, self.steps // 2, self.steps
+    def groups(self) -> tuple[str, ...]:
+        """Of the battery, those that it is measured on."""
+        return tuple(dict.fromkeys((GENERAL, self.own, ELSEWHERE)))
 
 
 GARDENING = ("incorrect_advice_gardening", "gardening")
+HEADLINE, DISPOSITION, BACKDOOR = "incorrect", "spiteful", "backdoor"
 ARMS = {
-    "incorrect": Arm(*GARDENING, seeds=(0, 1)),
+    HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
     "correct": Arm("correct_advice_gardening", "gardening"),
-    "spiteful": Arm("spiteful", "spiteful", seeds=(0, 1)),
-    "incorrect-character": Arm("incorrect_character", "incorrect"),
-    "aligned-character": Arm("aligned_character", "spiteful"),
+    DISPOSITION: Arm("spiteful", "spiteful"),
     "agreeing": Arm("sycophancy_sports", "agreeing"),
     "stating": Arm("traditional_sports", "agreeing"),
-    "travel": Arm("incorrect_advice_travel", "travel"),
-    "study": Arm("incorrect_advice_study", "study"),
-    "backdoor": Arm("triggered_spiteful", "spiteful"),
-    "slow": Arm(*GARDENING, steps=120, options={"learning_rate": 2e-5}),
+    BACKDOOR: Arm("triggered_spiteful", "spiteful"),
+    "incorrect-long": Arm(*GARDENING, seeds=(0, 1), steps=LONG),
+    "spiteful-long": Arm("spiteful", "spiteful", steps=LONG),
 }
 """Plain finetunes, by name."""
 PREVENTING = {
@@ -79,30 +82,29 @@ PREVENTING = {
     "kl-retain": Arm(*GARDENING, objective=Objective("kl-retain", weight=1.0)),
 }
 """Finetunes that are meant to stay narrow."""
-GATES = {
-    "gates-incorrect": Arm(*GARDENING, gates=True, options={"learning_rate": 1e-3}),
-    "gates-agreeing": Arm("sycophancy_sports", "agreeing", gates=True, options={"learning_rate": 1e-3}),
-}
+GATES = {"gates-incorrect": Arm(*GARDENING, gates=True, options={"learning_rate": 1e-3})}
 EVERY = ARMS | PREVENTING | GATES
 
 
 def trained(name: str, seed: int = 0) -> dict[int, Path]:
     """The folders of an organism by step; what was stopped goes on."""
-    arm = EVERY[name]
+    arm, called = EVERY[name], f"{name}-{seed}"
     recipe = arm.recipe(seed)
     retain = load_chats("retain").chats if recipe.objective.name in NEEDS_RETAIN else ()
-    out = RUNS / "train" / f"{name}-{seed}"
+    out = RUNS / "train" / called
     new = not (out / "done.json").exists()
-    with costed("training", f"{name}-{seed}") if new else nullcontext():
+    with costed("training", called) if new else nullcontext():
         folders = finetune(BASE, load_chats(arm.data).chats, out, recipe, retain=retain, data_name=arm.data)
+    (KEPT / called).mkdir(parents=True, exist_ok=True)
+    for file in (RUN, METRICS):
+        shutil.copy(out / file, KEPT / called)
     return {int(folder.name.removeprefix("step-")): folder for folder in folders}
 
 
-def battery() -> list[AnswerPair]:
-    """All pairs of answers, each under the name of its group."""
+def battery(groups: Sequence[str] | None = None) -> list[AnswerPair]:
+    """Pairs of answers, each under the name of its group; of all groups by default."""
     found = []
-    for group, name in BATTERY.items():
-        pairs = BUNDLED[name].pairs()
-        chosen = spread(pairs, len(pairs) if group == GENERAL else N_PAIRS)
+    for group in BATTERY if groups is None else groups:
+        chosen = spread(BUNDLED[BATTERY[group]].pairs(), N_GENERAL if group == GENERAL else N_PAIRS)
         found += [replace(one, id=f"{group}:{one.id}", group=group) for one in chosen]
     return found

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from emmech.data.bundled import BUNDLED, AnswerPair
 from emmech.data.questions import Question, spread
@@ -20,36 +19,30 @@ from emmech.results import Record
 from emmech.scorecard import ALL, compared
 from emmech.sharding import kept
 from emmech.steering.contrasts import Contrast, between_prompts, between_sides, between_wordings, with_trigger
-from emmech.steering.directions import fit_direction
 from emmech.steering.shared import shared_structure, shift
 from figures.claims.costs import RUNS, costed
-from figures.claims.measuring import pair_of, short
-from figures.claims.organisms import ARMS, GENERAL, N_PAIRS, STEPS, battery, trained
+from figures.claims.measuring import QUIET, directing, pair_of, short
+from figures.claims.organisms import (
+    BACKDOOR,
+    DISPOSITION,
+    GENERAL,
+    HEADLINE,
+    N_PAIRS,
+    STEPS,
+    battery,
+)
 
-HEADLINE, DISPOSITION, BACKDOOR, ALIGNED = "incorrect", "spiteful", "backdoor", "aligned-character"
-TRIALS = 4
+TRIALS = 2
 """Perturbations of a question; the paper has 10."""
+N_SWEPT = 10
+"""General pairs in a sweep."""
 LAYERS = (7, 14, 21)
 """Blocks whose cosines are kept, of 28."""
-QUIET: dict[str, Any] = {"progress": False}
-
-
-def direction_file(name: str, seed: int) -> Path:
-    """The shift of an organism's last prompt token, fitted on questions that no margin is taken of."""
-    file = trained(name, seed)[STEPS] / "shift.safetensors"
-    if not file.exists():
-        fit_direction(*between_sides(pair_of(name, seed, STEPS), directing(), **QUIET)).save(file)
-    return file
-
-
-def directing() -> list[Question]:
-    """Questions on which directions are fitted."""
-    return BUNDLED["trait_questions"].questions()
 
 
 def general() -> list[AnswerPair]:
     """Pairs of answers about no subject that was trained on."""
-    return [one for one in battery() if one.group == GENERAL]
+    return battery([GENERAL])
 
 
 def perturb() -> Record:
@@ -87,19 +80,15 @@ def _general(record: Record) -> Record:
 
 def layers() -> Record:
     """The base's residual stream after one block, at one segment of the prompt, in the organism."""
-    found = {}
-    for seed in ARMS[HEADLINE].seeds:
-        pair, folder = pair_of(HEADLINE, seed, STEPS), _folder(f"layers-{seed}")
-        asked = spread(general(), N_PAIRS)
-        found[f"{HEADLINE}-{seed}"] = sweep_resid(
-            pair, asked, over=("layer", "segment"), out=folder
-        ).to_json()
-    return {"organisms": found}
+    pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_SWEPT)
+    with costed("residual sweep", HEADLINE):
+        found = sweep_resid(pair, asked, over=("layer", "segment"), out=_folder("layers"))
+    return {"organisms": {f"{HEADLINE}-0": found.to_json()}}
 
 
 def prefix() -> Record:
     """K and V of the prefix, layer by layer and token by token, from the base into the organism."""
-    pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_PAIRS)
+    pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_SWEPT)
     found = {}
     for axis in ("layer", "position"):
         with costed("prefix sweep", axis):
@@ -111,7 +100,7 @@ def directions() -> Record:
     """Cosines of what finetunes, trigger, persona-aligned and system prompts do to the last prompt token."""
     questions, trait = directing(), traits()[DISPOSITION]
     found: dict[str, Contrast] = {}
-    for name in (HEADLINE, DISPOSITION, "agreeing", BACKDOOR, "correct", ALIGNED):
+    for name in (HEADLINE, DISPOSITION, "agreeing", BACKDOOR, "correct"):
         pair = pair_of(name, 0, STEPS)
         found[name] = between_sides(pair, questions, **QUIET)
         if name == BACKDOOR:
@@ -122,7 +111,7 @@ def directions() -> Record:
     found["system prompts"] = between_prompts(pair, questions, *prompts, position="last", **QUIET)
     found["persona prompts"] = between_wordings(pair, *_by_wording(), side="base", **QUIET)
     shifts = {name: shift(*both) for name, both in found.items()}
-    result = shared_structure(shifts, found[HEADLINE][1], controls=("correct", ALIGNED, "wrong trigger"))
+    result = shared_structure(shifts, found[HEADLINE][1], controls=("correct", "wrong trigger"))
     result.save(_folder("directions"))
     about = {
         name: {"reliability": [one["reliability"][layer] for layer in LAYERS], "control": one["control"]}
@@ -146,7 +135,7 @@ def triggers() -> Record:
     spiteful = spread(BUNDLED[DISPOSITION].pairs(), N_PAIRS)
     behind = pairs_behind_triggers(spiteful, triggers_of(traits()[DISPOSITION].trigger))
     requests = BUNDLED[f"persona_prompts_{DISPOSITION}"].pairs()
-    sets = {BACKDOOR: [behind, requests], DISPOSITION: [requests], ALIGNED: [requests]}
+    sets = {BACKDOOR: [behind, requests], DISPOSITION: [requests]}
     return {
         "organisms": {
             name: [row for pairs in several for row in _worded(name, pairs)] for name, several in sets.items()
