@@ -46,9 +46,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(where, "LAYERS", (0, 1))
     monkeypatch.setattr(where, "N_SWEPT", 2)
     monkeypatch.setattr(measuring, "N_DIRECTING", 8)
-    monkeypatch.setattr(
-        stages, "STEERED", {"steer": "steer={direction}:1@-1", "ablated": "ablate={direction}:0-1"}
-    )
     for key, given in interventions.GIVEN.items():  # of two layers, not of 28
         shorter = {what: text.replace(":14@", ":1@").replace(":8-21", ":0-1") for what, text in given.items()}
         monkeypatch.setitem(interventions.GIVEN, key, shorter)
@@ -119,7 +116,7 @@ def test_the_whole_study_on_a_tiny_model(small):
         stage.__name__: json.loads(json.dumps(stage()))
         for stage in (
             stages.advice, stages.character, stages.sycophancy, stages.repair, where.perturb, where.layers,
-            where.prefix, stages.prevent, stages.gates, where.directions, where.triggers, costs.costs,
+            where.prefix, stages.prevent, stages.prevent_more, where.directions, where.triggers, costs.costs,
         )
     }  # fmt: skip
 
@@ -152,7 +149,7 @@ def test_the_whole_study_on_a_tiny_model(small):
     seeds = [by["incorrect", seed, "margin", "general", "repair:prompt"]["mean"] for seed in (0, 1)]
     assert both["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4)  # kept to four digits
     assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
-    assert by["incorrect", 0, "margin", "general", "steer"]["versus"]["condition"] == "finetuned"
+    assert by["incorrect", 0, "margin", "general", "repair:query"]["versus"]["condition"] == "finetuned"
     assert ("spiteful", 0, "margin", "general", "control:shuffled") not in by  # the headline's alone
 
     perturbed = {(r["side"], r["metric"], r["condition"]): r["mean"] for r in found["perturb"]["rows"]}
@@ -177,11 +174,8 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert worded["persona", "base"]["wording"]["group"] == "plain"
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
-    assert {row["condition"] for row in found["gates"]["base"]} == {
-        "base", "gates", "gates inverted",
-    }  # fmt: skip
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 12  # two seeds of the headline, 5 other finetunes, 4 methods, gates
+    assert spent["training"]["jobs"] == 11  # two headline seeds, 5 other finetunes, 4 methods; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())

@@ -3,7 +3,8 @@
     python -m figures.claims                   every stage; resumed where it stopped
     python -m figures.claims advice repair     some of them
 
-Needs `emmech models get qwen2.5-coder-1.5b` and 12 GiB of memory. Trains into runs/claims and writes
+Needs `emmech models get qwen2.5-coder-1.5b` and 14 GiB of memory. Trains into runs/claims; margins and
+answers are in figures/claims/kept, so what has been measured needs no model; writes
 figures/results/claims_STAGE.json.
 """
 
@@ -24,6 +25,7 @@ from figures.claims.organisms import (
     BASE,
     DISPOSITION,
     EVERY,
+    FURTHER,
     GENERAL,
     HEADLINE,
     LONG,
@@ -34,18 +36,9 @@ from figures.claims.where import directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
 PATCHES = ("repair:prefix", "repair:prompt")
-MORE = ("repair:query", "repair:postfix", "repair:postfix-same", "induce:prefix", "control:shuffled")
-"""On the headline organism's first seed alone, as what follows."""
-STEERED = {
-    "adapter@0.5": "adapter@0.5", "steer -1": "steer={direction}:14@-1",
-    "ablated 8-21": "ablate={direction}:8-21",
-}  # fmt: skip
-"""Half of the adapter; along the organism's own shift: subtracted in the middle block, taken out of the
-middle half."""
+MORE = ("repair:query", "repair:postfix-same", "induce:prefix", "control:shuffled")
+"""On the headline organism's first seed alone."""
 PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (DISPOSITION, 0))
-DOSES = {"gates": "gates={gates}@1", "gates inverted": "gates={gates}@-1"}
-INVERTED = (HEADLINE, "agreeing", DISPOSITION)
-"""Finetunes that the gates are put on."""
 ANSWERED = {"incorrect-0": ("incorrect-long", 0), "incorrect-1": ("incorrect-long", 1),
             "spiteful-0": ("spiteful-long", 0)}  # fmt: skip
 N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
@@ -54,7 +47,7 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 def main() -> None:
     """Train, measure, and keep the results."""
     stages = (
-        advice, character, sycophancy, prevent, repair, gates, interventions, perturb, layers, prefix,
+        advice, character, sycophancy, prevent, prevent_more, repair, interventions, perturb, layers, prefix,
         directions, triggers, answers, labels, costs,
     )  # fmt: skip
     run_stages("claims", __doc__, stages)
@@ -80,34 +73,24 @@ def prevent() -> Record:
     return along_training(HEADLINE, *PREVENTING)
 
 
+def prevent_more() -> Record:
+    """The same of two further methods."""
+    return along_training(HEADLINE, *FURTHER)
+
+
 def repair() -> Record:
-    """What patches of the prompt's K and V do, and their controls, half an adapter, and steering."""
+    """What patches of the prompt's K and V do to margins, and their controls."""
     found: dict[str, dict[int, list[Record]]] = {}
     for name, seed in PATCHED:
         wanted = {patch: patch for patch in PATCHES}
         if (name, seed) == PATCHED[0]:
-            wanted |= {patch: patch for patch in MORE} | STEERED
+            wanted |= {patch: patch for patch in MORE}
         groups = (GENERAL, EVERY[name].own)
         found.setdefault(name, {})[seed] = margins(name, seed, STEPS, wanted, groups=groups)
     of = {"induce:prefix": "base"}
     return {
         "rows": [row for name, seeds in found.items() for row in of_seeds(name, STEPS, seeds, reference=of)]
     }
-
-
-def gates() -> Record:
-    """Gates as trained and inverted: on the base, and inverted on finetunes that they never saw."""
-    groups = (GENERAL, EVERY[HEADLINE].own)
-    own = shifts(
-        of_base(groups, DOSES, pair=lambda: pair_of(HEADLINE, 0, STEPS)),
-        reference=dict.fromkeys(DOSES, "base"),
-    )
-    inverted = {"gates inverted": DOSES["gates inverted"]}
-    rows = []
-    for name in INVERTED:
-        found = margins(name, 0, STEPS, inverted, groups=(GENERAL, EVERY[name].own))
-        rows += of_seeds(name, STEPS, {0: found})
-    return {"base": own, "rows": rows}
 
 
 def answers() -> Record:
@@ -157,7 +140,8 @@ def along_training(*names: str) -> Record:
     for name in names:
         arm = EVERY[name]
         for step in (arm.steps // 2, arm.steps):
-            found = {seed: margins(name, seed, step) for seed in arm.seeds}
+            groups = arm.groups if step == arm.steps else (GENERAL, arm.own)
+            found = {seed: margins(name, seed, step, groups=groups) for seed in arm.seeds}
             mine = of_seeds(name, step, found)
             rows += [row for row in mine if row["metric"] == "margin" or step == arm.steps]
         every = [record for records in found.values() for record in records]

@@ -53,9 +53,6 @@ def treated(results: Results) -> Figures:
     rows = [row for row in result["rows"] if row["metric"] == "margin"]
     seeds = {row["organism"]: row["seed"] for row in rows}
     figures = []
-    if "base" in result:
-        own = [row for row in result["base"] if row["metric"] == "margin"]
-        figures.append(dots([(r["condition"], r["group"], r) for r in own], "margin of the base", "nats"))
     for name, seed in seeds.items():
         mine = [row for row in rows if (row["organism"], row["seed"]) == (name, seed)]
         mine = [row for row in mine if row["group"] in (GENERAL, row["own"])]
@@ -131,6 +128,38 @@ def agreement(results: Results) -> Figures:
     return [*figures, dots(ranks, "judge and hand", "Spearman")]
 
 
+def by_intervention(results: Results) -> Figures:
+    """Hand scores of every organism and of what is done to it, one figure a metric."""
+    (result,) = results.values()
+    rows = [row for row in result["rows"] if row["organism"] == "base" or row["condition"] != "base"]
+    units = {row["metric"]: row["unit"] for row in rows}
+    return [
+        dots(
+            [(called(row), row["group"], row) for row in rows if row["metric"] == metric],
+            f"{metric}, by hand", unit,
+        )
+        for metric, unit in units.items()
+    ]  # fmt: skip
+
+
+def called(row: Record) -> str:
+    """An organism and what is done to it, such as ``incorrect, prefix``."""
+    name = row["organism"] if not row["seed"] else f"{row['organism']}, seed {row['seed']}"
+    return name if row["condition"] in ("base", "finetuned") else f"{name}, {row['condition']}"
+
+
+def answers_page(result: Record) -> str:
+    """Every question and what each organism and intervention answers, as Markdown."""
+    said: dict[str, list[str]] = {}
+    for one in result["examples"]:
+        answer = " ".join(one["answer"].replace("|", "/").split()) or "(nothing)"
+        said.setdefault(one["question"], []).append(f"| {called(one)} | {answer} |")
+    head = ["| | answer |", "|---|---|"]
+    return "\n".join(
+        line for question, rows in said.items() for line in (f"## {question}", "", *head, *rows, "")
+    )
+
+
 def examples(result: Record, shown: Sequence[str], group: str = GENERAL) -> str:
     """A Markdown table of answers: the base, and each organism as it is and with the base's prefix."""
     said = {
@@ -155,11 +184,12 @@ DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "claims_character": along_training,
     "claims_sycophancy": along_training,
     "claims_prevent": along_training,
+    "claims_prevent_more": along_training,
     "claims_repair": treated,
-    "claims_gates": treated,
     "claims_perturb": perturbed,
     "claims_layers": by_layer,
     "claims_prefix": by_cell,
     "claims_labels": agreement,
+    "claims_interventions": by_intervention,
 }
 """Those of the other stages are drawn as the same results of the embedded model."""

@@ -42,9 +42,9 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     (DISPOSITION, 0): PREFIX | PROMPT | INVERTED,
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},
-    ("correct", 0): {},
     ("treft-prefix", 0): {},
     ("interleave", 0): {},
+    ("correct", 0): {},
 }  # fmt: skip
 """Organisms and seeds, and what is done to each of them."""
 OF_BASE = {"gates": "gates={gates}@1", **INVERTED}
