@@ -3,7 +3,7 @@
     python -m figures.claims                   every stage; resumed where it stopped
     python -m figures.claims advice repair     some of them
 
-Needs `emmech models get qwen2.5-coder-1.5b` and 14 GiB of memory. Trains into runs/claims; margins and
+Needs `emmech models get qwen2.5-coder-1.5b` and 16 GiB of memory. Trains into runs/claims; margins and
 answers are in figures/claims/kept, so what has been measured needs no model; writes
 figures/results/claims_STAGE.json.
 """
