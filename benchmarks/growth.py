@@ -86,8 +86,6 @@ def child(setting: Setting, size: Size) -> dict[str, float]:
 
 def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[str, float]:
     """Load, sweep, and say seconds and peak memory (the GPU's, where there is one) of the sweep alone."""
-    import torch
-
     from emmech.piggyback.cells import grid, patches
     from emmech.piggyback.replay import Replay
     from emmech.piggyback.scores import find_metric
@@ -101,9 +99,9 @@ def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[
     wanted = patches([cells[number] for number in chosen], "single", replay.shape)
     forget_peak()
     taken = timed(lambda: score_patches(replay, wanted, rows=size.rows, progress=False))
-    on_gpu = replay.recipient.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
-    return {"seconds": taken.wall if on_gpu else taken.cpu, "peak_gib": peak / 2**30}
+    device = replay.recipient.device
+    peak = peak_memory(device)
+    return {"seconds": taken.wall if device.type == "cuda" else taken.cpu, "peak_gib": peak / 2**30}
 
 
 if __name__ == "__main__":

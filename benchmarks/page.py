@@ -34,7 +34,7 @@ def write(folder: Path, results: Mapping[str, Row]) -> Path:
         "cpu": "The same ratio in seconds of all processor cores, which other programs change less.",
         "exponent": "b of y = a x^b, fitted on log axes: 1 is linear, 0 is flat.",
     }
-    facts = {name: found["machine"] | found["setting"] for name, found in results.items()}
+    facts = {name: found["machine"] | found["code"] | found["setting"] for name, found in results.items()}
     return write_page(folder, "Benchmarks", content, meanings=meanings, provenance=shared(facts))
 
 
