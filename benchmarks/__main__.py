@@ -21,7 +21,9 @@ from benchmarks.setting import SHAPES, Setting
 from emmech.models.default import DEFAULT_MODEL
 from emmech.results import read_json, write_json
 
-NAMES = ("sweep", "long_prefix", "attribution", "generation", "growth", "training", "loading")
+NAMES = (
+    "sweep", "long_prefix", "one_answer", "attribution", "generation", "growth", "training", "loading"
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

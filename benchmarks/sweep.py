@@ -3,9 +3,12 @@
 A sample of cells is timed in turn with those of each tool, and all is scaled to the whole map; all tools
 must give the same scores first. Our cost of a cell is linear in the blocks from its own up, so the sample
 is from the middle blocks, where it is the mean; what is done once is timed apart, and not scaled. The
-metric is the margin of a refusal, two answers to a question. ``bare`` passes the tokens of both, each behind
-its question, through all blocks, in full batches without a prefix; once without logits, once with as many
-as are read. (Here both answers share a reading of their question.)
+metric is the margin of a refusal, two answers to a question.
+
+``bare`` and the other tools read each answer behind its question, by itself; here both answers share a
+reading of their question, so fewer tokens are run. ``bare`` passes its tokens through all blocks, in full
+batches without a prefix; once without logits, once with as many as are read. The last row takes both costs
+per token that each has run, padding not counted.
 """
 
 from collections.abc import Callable
@@ -50,9 +53,9 @@ def measure(setting: Setting) -> list[Row]:
 class Bench:
     """One prefix: the cells of the sample, and each way to run them."""
 
-    def __init__(self, setting: Setting, n_prefix: int | None):
+    def __init__(self, setting: Setting, n_prefix: int | None, of: str = METRIC):
         self.setting, self.pair = setting, setting.pair("float32", n_prefix=n_prefix)
-        asked, metric = pairs(N_QUESTIONS), find_metric(METRIC)
+        asked, metric = pairs(N_QUESTIONS), find_metric(of)
         self.replay = Replay(self.pair, asked, metric, "repair")
         self.alone = Replay(self.pair, asked, metric, "repair", together=False)
         shape = self.replay.shape
@@ -96,11 +99,17 @@ class Bench:
         bare = BareRun(self)
         blocks, logits, ours = self.in_turn({"blocks": bare.run, "logits": lambda: bare.run(logits=True)})
         facts, scale = self.facts(ours), 1 / (BARE_SHARE * self.share)
+        own_tokens = int(self.replay.texts.lengths.sum())
+        kinds = {
+            "ours / bare, each answer by itself": (blocks, scale),
+            "ours / bare with the same logits": (logits, scale),
+            "ours / bare, per token run": (blocks, scale * bare.n_tokens / own_tokens),
+        }
+        facts |= {"tokens_of_a_cell": own_tokens, "tokens_of_bare": bare.n_tokens}
         return [
-            ratio(self.title(f"ours / as many tokens {what}"), ours, taken, Aim(0.6, "lower"),
-                  scale=scale, **facts)
-            for what, taken in (("through all blocks", blocks), ("and the same logits", logits))
-        ]  # fmt: skip
+            ratio(self.title(what), ours, taken, Aim(0.6, "lower"), scale=by, **facts)
+            for what, (taken, by) in kinds.items()
+        ]
 
     def in_turn(self, ways: dict[str, Callable[[], object]]) -> list[list[Seconds]]:
         """The times of each way, and last those of ours for the whole map."""
@@ -111,7 +120,9 @@ class Bench:
         return [*others, [whole(*taken, self.share) for taken in zip(sample, fixed, strict=True)]]
 
     def title(self, what: str) -> str:
-        return f"sweep, {self.replay.shape.n_positions}-token prefix: {what}"
+        n_answers = len(self.alone.items) // N_QUESTIONS
+        answers = "one answer" if n_answers == 1 else f"{n_answers} answers"
+        return f"sweep of {answers}, {self.replay.shape.n_positions}-token prefix: {what}"
 
     def facts(self, ours: list[Seconds]) -> Row:
         return {
@@ -147,6 +158,8 @@ class BareRun:
             replay.texts.ids[:1, :1].repeat(min(rows, n_rows - first), width)
             for first in range(0, n_rows, rows)
         ]
+        self.n_tokens = round(BARE_SHARE * sum(ids.numel() for ids in self.batches) / len(bench.cells))
+        """To a cell."""
         self.n_read = round(np.mean([item.n_read for item in replay.items]))
 
     @torch.no_grad()
