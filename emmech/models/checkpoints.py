@@ -113,7 +113,7 @@ def load_pair(
 
     Raises:
         LoadError: Missing or damaged files, an adapter for another base, different vocabularies or
-            templates, an encoder, no chat template, non-finite weights.
+            templates, an encoder, no chat template, non-finite weights, an adapter whose base does not fit.
     """
     started = time.monotonic()
     if not isinstance(finetuned, nn.Module) and not str(finetuned):
@@ -227,6 +227,8 @@ def share_equal_storage(base: nn.Module, finetuned: nn.Module) -> float:
         total += parameter.numel()
         twin = theirs.get(name)
         if twin is None or twin.shape != parameter.shape or twin.dtype != parameter.dtype:
+            continue
+        if parameter.is_meta:  # on disk
             continue
         if twin.device == parameter.device and torch.equal(twin, parameter):
             parameter.data = twin.data
