@@ -104,7 +104,8 @@ def load_pair(
         device: ``"auto"`` is the first GPU when there is one, and the process's own under ``accelerate
             launch``; ``"balanced"`` and the other values of transformers' ``device_map`` spread a large
             model.
-        quantization: Load the weights in 4 or 8 bits with bitsandbytes.
+        quantization: Load the weights in 4 or 8 bits with bitsandbytes, which on CPUs with AVX512-BF16
+            computes 4-bit layers in bfloat16 whatever the dtype.
         revision: Hub revision of the base; ``finetuned_revision`` likewise.
         tokenizer: A tokenizer to use instead of the base checkpoint's.
         system: System message of every chat; by default the template's own, None for none at all.
