@@ -77,11 +77,13 @@ def norms_of_the_base(pair):
     theirs = dict(pair.base.module.named_parameters())
     own = [(name, one, one.data) for name, one in pair.finetuned.module.named_parameters()]
     norms = [(one, data, theirs[name].data) for name, one, data in own if ".k_norm." in name]
-    for one, _, other in norms:
-        one.data = other
-    yield
-    for one, data, _ in norms:
-        one.data = data
+    try:
+        for one, _, other in norms:
+            one.data = other
+        yield
+    finally:
+        for one, data, _ in norms:
+            one.data = data
 
 
 PATCHES = [
