@@ -4,7 +4,8 @@
     python -m benchmarks sweep generation       some; the results of the others stay
     python -m benchmarks --device cuda --dtype bfloat16 --shape 8b
 
-Writes benchmarks/results.json (results-SHAPE.json for other shapes) and a page, report.html, in --folder.
+Writes benchmarks/results.json (results-SHAPE-DTYPE.json for what was asked for) and a page, report.html,
+in --folder.
 """
 
 import argparse
@@ -15,12 +16,14 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import page
-from benchmarks.measure import Row, machine, table
+from benchmarks.measure import Row, code, machine, release, table
 from benchmarks.setting import SHAPES, Setting
 from emmech.models.default import DEFAULT_MODEL
 from emmech.results import read_json, write_json
 
-NAMES = ("sweep", "long_prefix", "attribution", "generation", "growth", "training", "loading")
+NAMES = (
+    "sweep", "long_prefix", "one_answer", "attribution", "generation", "growth", "training", "loading"
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,16 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(chosen.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     setting = Setting.make(chosen.shape, chosen.device, chosen.dtype, chosen.repeats, chosen.folder)
-    name = "results.json" if setting.is_embedded else f"results-{chosen.shape}.json"
-    path = (chosen.results or Path(__file__).parent) / name
+    name = "results" if setting.name == DEFAULT_MODEL else f"results-{setting.name}"
+    path = (chosen.results or Path(__file__).parent) / f"{name}.json"
     console = Console(width=140)
+    of_code = code()
     for benchmark in chosen.names or NAMES:
+        release()
         rows = import_module(f"benchmarks.{benchmark}").measure(setting)
         facts = {"shape": setting.shape, "device": setting.device, "dtype": setting.dtype}
         results: dict[str, Row] = read_json(path) if path.exists() else {}
         results[benchmark] = {
-            "setting": facts | {"repeats": setting.repeats}, "machine": machine(), "rows": rows
-        }  # fmt: skip
+            "setting": facts | {"repeats": setting.repeats},
+            "code": of_code,
+            "machine": machine(),
+            "rows": rows,
+        }
         write_json(path, {one: results[one] for one in NAMES if one in results})
         console.print(table(benchmark, rows))
     print(f"{path}\n{page.write(chosen.folder, read_json(path))}")

@@ -1,6 +1,7 @@
 """Greedy answers with the base's prefix K/V in the finetuned model: against the same patch by other tools.
 
 All get the same prompts in one batch, run the donor too, and must first give the same tokens in float32.
+Other tools take turns with ours one after the other, so that copies of the models are held for one at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import generation_peers as peers
-from benchmarks.measure import Aim, Row, alternated, installed, not_measured, ratio
+from benchmarks.measure import Aim, Row, alternated, not_measured, ratio, release, why_not
 from benchmarks.setting import Setting, questions
 from emmech.data.questions import load_demo
 from emmech.models.checkpoints import ModelPair
@@ -25,39 +26,61 @@ Answers = list[list[int]]
 
 def measure(setting: Setting) -> list[Row]:
     """A row per other way, over ours."""
-    check(setting)
+    obstacles = check(setting)
+    release()
     bench = Bench(setting.pair(), load_demo("test")[:N_PROMPTS], NEW_TOKENS)
+    bench.ours()
+    rows = [against(bench, name, obstacles[name], setting.repeats) for name in peers.PEERS]
     few = Bench(bench.pair, bench.questions[:: N_PROMPTS // N_ALONE], NEW_TOKENS)
     plain = peers.plain_generate(bench.pair, "finetuned")
-    ways: dict[str, Callable[[], object]] = {"ours": bench.ours} | bench.others()
-    ways["plain generate, no patch"] = lambda: plain(bench.batch, NEW_TOKENS)
-    ways["prompt by prompt"] = few.one_by_one
-    for way in ways.values():
-        way()  # the check was of another dtype
+    ways = {
+        "ours": bench.ours,
+        "plain": lambda: plain(bench.batch, NEW_TOKENS),
+        "prompt by prompt": few.one_by_one,
+    }
+    ways["plain"]()
+    few.one_by_one()
     times = alternated(ways, setting.repeats)
-    what = f"({N_PROMPTS} prompts, {NEW_TOKENS} tokens)"
-    aims = {"plain generate, no patch": 1.3, "prompt by prompt": 15.0}
-    rows = []
-    for name in ways:
-        if name != "ours":
-            scale = N_PROMPTS / N_ALONE if name == "prompt by prompt" else 1.0
-            aim = Aim(aims.get(name, 1.0))
-            row = ratio(f"{name} / ours {what}", times[name], times["ours"], aim, scale=scale)
-            rows.append(row)
-    missing = [name for name in ("pyvene",) if not installed(name)]
-    return rows + [not_measured(f"{name} / ours {what}", "not installed") for name in missing]
+    rows.append(ratio(title("plain generate, no patch"), times["plain"], times["ours"], Aim(1.3)))
+    scale = N_PROMPTS / N_ALONE
+    rows.append(
+        ratio(title("prompt by prompt"), times["prompt by prompt"], times["ours"], Aim(15.0), scale=scale)
+    )
+    return rows
 
 
-def check(setting: Setting) -> None:
-    """All ways give the same tokens, which are not those without a patch."""
-    pair = setting.pair("float32")
+def against(bench: "Bench", name: str, obstacle: str | None, repeats: int) -> Row:
+    """One other tool, whose copies of the models are gone afterwards."""
+    obstacle = obstacle or why_not(peers.PEERS[name][0], bench.pair.base.module)
+    if obstacle is not None:
+        return not_measured(title(name), obstacle)
+    other = bench.other(name)
+    other()  # the check was of another dtype
+    times = alternated({"theirs": other, "ours": bench.ours}, repeats)
+    del other
+    release()
+    return ratio(title(name), times["theirs"], times["ours"], Aim(1.0))
+
+
+def title(name: str) -> str:
+    return f"{name} / ours ({N_PROMPTS} prompts, {NEW_TOKENS} tokens)"
+
+
+def check(setting: Setting) -> dict[str, str | None]:
+    """All ways give the same tokens, which are not those without a patch; why others are left out."""
+    pair = setting.pair(dtype="float32")  # others round otherwise: in bfloat16 answers part by chance
     bench = Bench(pair, questions(N_CHECKED, "on-topic"), 8)
     ours = bench.one_by_one()
     assert bench.ours() == [bench.text(ids) for ids in ours], "ours and prompt by prompt differ"
     plain = peers.plain_generate(pair, "finetuned")(bench.batch, 8)
     assert bench.ended(plain) != ours, "the patch changes no answer"
-    for name, way in bench.others().items():
-        assert bench.ended(way()) == ours, f"{name} answers otherwise"
+    obstacles = {}
+    for name, (package, _) in peers.PEERS.items():
+        obstacles[name] = why_not(package, pair.base.module)
+        if obstacles[name] is None:
+            assert bench.ended(bench.other(name)()) == ours, f"{name} answers otherwise"
+            release()
+    return obstacles
 
 
 @dataclass
@@ -73,15 +96,11 @@ class Bench:
         prompts = [row.prompt for row in self.rows]
         self.batch = make_batch(prompts, self.pair.base.device, share_prefix=False)
 
-    def others(self) -> dict[str, Callable[[], Answers]]:
-        """The same by the tools that are installed, on plain copies of the two models."""
-        made = {
-            "TransformerLens generate with hooks": peers.with_transformer_lens(self.pair),
-            "nnsight generate": peers.with_nnsight(self.pair),
-        }
-        if installed("pyvene"):
-            made["pyvene generate"] = peers.with_pyvene(self.pair)
-        return {name: lambda way=way: way(self.batch, self.new_tokens) for name, way in made.items()}
+    def other(self, name: str) -> Callable[[], Answers]:
+        """The same by another tool, on plain copies of the two models."""
+        _, make = peers.PEERS[name]
+        way = make(self.pair)
+        return lambda: way(self.batch, self.new_tokens)
 
     def ours(self) -> list[str]:
         """The texts of a run of emmech, donor included."""

@@ -103,6 +103,14 @@ def with_pyvene(pair: ModelPair) -> Generate:
     return generate
 
 
+PEERS = {
+    "TransformerLens generate with hooks": ("transformer-lens", with_transformer_lens),
+    "nnsight generate": ("nnsight", with_nnsight),
+    "pyvene generate": ("pyvene", with_pyvene),
+}
+"""By name: the package, and what makes its generate."""
+
+
 def _projected(model: Any, batch: Batch, places: list[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
     """The outputs of projections in a pass over the batch."""
     found, handles = {}, []

@@ -2,50 +2,33 @@
 
     python -m benchmarks growth
 
-Every point is a process of its own that loads the pair, sweeps cells spread over all layers, and says how
-long that took (in processor seconds, which other programs change less; on a GPU by the clock) and the most
-memory it held meanwhile. Growth is the exponent b of y = a x^b, fitted on log
-axes: 1 is linear, 0 is flat.
+Every point is the median of some processes. Each loads the pair, sweeps cells spread over all layers, and
+says how long that took (in processor seconds, which other programs change less; on a GPU by the clock) and
+the most memory it held meanwhile (on a GPU, the GPU's).
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
+from benchmarks.growth_figure import AXES, QUANTITIES, Size, exponent
 from benchmarks.measure import Aim, Row, forget_peak, number, peak_memory, timed
 from benchmarks.setting import Setting, pairs
 from benchmarks.sweep import METRIC
 
-AXES: Mapping[str, Sequence[int]] = {
-    "cells": (60, 240, 960),
-    "questions": (2, 8, 32),
-    "prefix": (24, 256, 1024),
-    "rows": (4, 16, 64),
-}
 AIMS = {
     ("cells", "seconds"): Aim(1.1, "lower"),
     ("cells", "peak_gib"): Aim(0.05, "lower"),
     ("questions", "seconds"): Aim(1.1, "lower"),
 }
 """The largest exponents that are wanted: linear in cells and questions, and flat in memory."""
-QUANTITIES = {"seconds": "time", "peak_gib": "peak memory"}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What one process sweeps."""
-
-    cells: int = 60
-    questions: int = 2
-    prefix: int = 24
-    """Tokens of the prefix."""
-    rows: int = 32
-    """Rows of a batch."""
+CHEAP = 60.0
+"""Seconds of a first run; a point that takes longer is run once."""
 
 
 def measure(setting: Setting) -> list[Row]:
@@ -54,7 +37,7 @@ def measure(setting: Setting) -> list[Row]:
     for axis, values in AXES.items():
         for value in values:
             size = replace(Size(), **{axis: value})
-            found = child(setting, size)
+            found = point(setting, size)
             what = f"{size.cells} cells, {size.questions} questions, {size.prefix}-token prefix"
             name = f"seconds of {what}, {size.rows} rows a batch"
             points.append(number(name, found["seconds"], axis=axis, at=value, **found))
@@ -65,11 +48,14 @@ def measure(setting: Setting) -> list[Row]:
     ]  # fmt: skip
 
 
-def exponent(points: Sequence[Row], axis: str, quantity: str) -> float:
-    """The slope of a quantity along an axis on log axes, by least squares."""
-    mine = [point for point in points if point["axis"] == axis]
-    x, y = (np.log([point[key] for point in mine]) for key in ("at", quantity))
-    return float(np.polyfit(x, y, 1)[0])
+def point(setting: Setting, size: Size) -> dict[str, float]:
+    """The medians of some processes that sweep this size."""
+    runs = [child(setting, size)]
+    while len(runs) < setting.repeats and runs[0]["seconds"] < CHEAP:
+        runs.append(child(setting, size))
+    seconds, peaks = ([run[key] for run in runs] for key in QUANTITIES)
+    spread = {"low": min(seconds), "high": max(seconds), "runs": len(runs)}
+    return {"seconds": median(seconds), "peak_gib": median(peaks), **spread}
 
 
 def child(setting: Setting, size: Size) -> dict[str, float]:
@@ -86,8 +72,6 @@ def child(setting: Setting, size: Size) -> dict[str, float]:
 
 def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[str, float]:
     """Load, sweep, and say seconds and peak memory (the GPU's, where there is one) of the sweep alone."""
-    import torch
-
     from emmech.piggyback.cells import grid, patches
     from emmech.piggyback.replay import Replay
     from emmech.piggyback.scores import find_metric
@@ -101,9 +85,9 @@ def sweep(base: str, adapter: str, dtype: str, device: str, size: Size) -> dict[
     wanted = patches([cells[number] for number in chosen], "single", replay.shape)
     forget_peak()
     taken = timed(lambda: score_patches(replay, wanted, rows=size.rows, progress=False))
-    on_gpu = replay.recipient.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
-    return {"seconds": taken.wall if on_gpu else taken.cpu, "peak_gib": peak / 2**30}
+    place = replay.recipient.device
+    seconds = taken.wall if place.type == "cuda" else taken.cpu
+    return {"seconds": seconds, "peak_gib": peak_memory(place) / 2**30}
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ else:
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 with torch.no_grad():
     model(torch.ones(1, 32, dtype=torch.long, device=model.device))
-print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_memory()}))
+print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_memory(model.device)}))
 """
 
 
 def measure(setting: Setting) -> list[Row]:
-    """Time of loading, and peak resident memory of loading and one forward pass."""
+    """Time of loading, and peak memory (the GPU's, where there is one) of loading and one forward pass."""
     kinds = ("one", "pair")
     found = [{kind: child(setting, kind) for kind in kinds} for _ in range(setting.repeats)]
     seconds = {k: [Seconds(turn[k]["wall"], turn[k]["cpu"]) for turn in found] for k in kinds}

@@ -8,12 +8,16 @@ the least and the largest ratio within one turn. ``cpu`` is the ratio of process
 programs on the machine change less. Read the ratios, not the seconds.
 """
 
+import gc
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +25,12 @@ from typing import Any, Literal, NamedTuple
 import psutil
 import torch
 from rich.table import Table
+from torch import nn
 
 Row = dict[str, Any]
 PEERS = ("transformer-lens", "nnsight", "pyvene", "accelerate")
+COPIES = 2.5
+"""Of a model, the memory that a tool must find free: two plain copies, and what it computes."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,32 @@ def installed(package: str) -> bool:
     return _version(package) is not None
 
 
+def why_not(package: str, model: nn.Module) -> str | None:
+    """Why a tool that needs a copy of each of the two models cannot be compared with; None where it can."""
+    if not installed(package):
+        return "not installed"
+    size = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    return None if free > COPIES * size else f"two more copies of {size / 2**30:.0f} GiB do not fit"
+
+
+def release() -> None:
+    """Give back the memory of models that nothing refers to, for those that come next or elsewhere."""
+    gc.collect()  # models of other tools refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def code() -> Row:
+    """When numbers are taken, and of which code: the commit, where it is a repository's."""
+    facts = {"date": datetime.now(UTC).date().isoformat()}
+    if commit := _git("rev-parse", "--short", "HEAD"):
+        changed = _git("status", "--porcelain", "--", "emmech", "benchmarks/*.py")
+        facts["commit"] = commit + (" and changes" if changed else "")
+    return facts
+
+
 def machine() -> Row:
     """What numbers depend on besides the code."""
     facts: Row = {
@@ -146,6 +179,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _git(*arguments: str) -> str:
+    """What git says of this repository; nothing where there is no git, or none of its repositories."""
+    if (git := shutil.which("git")) is None:
+        return ""
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [git, *arguments], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
 def _cpu() -> str:
     """The processor's name, where Linux tells it."""
     path = Path("/proc/cpuinfo")
@@ -158,13 +201,20 @@ _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def forget_peak() -> None:
-    """Let the peak start from what is held now, where the system can (Linux)."""
+    """Let the peak start from what is held now, where the system can (Linux, and GPUs)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if _FORGET.exists():
         _FORGET.write_text("5")
 
 
-def peak_memory() -> int:
-    """Bytes resident at most since the peak was forgotten; elsewhere than on Linux, what is held now."""
+def peak_memory(device: torch.device | None = None) -> int:
+    """Bytes held at most since the peak was forgotten, on a GPU if ``device`` is one.
+
+    Resident ones; elsewhere than on Linux, those resident now.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if not _STATUS.exists():
         return psutil.Process().memory_info().rss
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))

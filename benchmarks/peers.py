@@ -86,6 +86,13 @@ def with_nnsight(replay: Replay) -> CellScores:
     return scores
 
 
+PEERS = {
+    "TransformerLens": ("transformer-lens", with_transformer_lens),
+    "nnsight": ("nnsight", with_nnsight),
+}
+"""By name: the package, and what makes the scores of its cells."""
+
+
 def _view(kind: Any, pair: ModelPair, name: str) -> Any:
     return kind(plain_copy(pair.side(name)), tokenizer=pair.chat.tokenizer, task="text-generation")
 

@@ -1,7 +1,7 @@
 """What is measured: the embedded model with a small organism, or a random model of a larger shape.
 
 setting = Setting.make(shape="smollm2", device="auto", dtype=None, repeats=3, folder=Path("runs/bench"))
-pair = setting.pair("float32")
+pair = setting.pair("float32")  # unless the setting has a dtype
 """
 
 import shutil
@@ -56,18 +56,31 @@ class Setting:
         if shape == DEFAULT_MODEL:
             base, adapter = DEFAULT_MODEL, _organism(folder)
         else:
-            where = folder / "-".join(("shape", shape, *([dtype] if dtype else [])))
+            where = folder / f"shape-{named(shape, dtype)}"
             base, adapter = _random(shape, where, device, dtype or "float32")
         return cls(shape, base, adapter, device, dtype, repeats, folder)
+
+    @property
+    def name(self) -> str:
+        """What models, maps and results of this setting are called."""
+        return named(self.shape, self.dtype)
 
     @property
     def is_embedded(self) -> bool:
         """Whether the models are the embedded one and its organism, which do something."""
         return self.shape == DEFAULT_MODEL
 
-    def pair(self, dtype: str = "auto", *, n_prefix: int | None = None) -> ModelPair:
-        """Base and organism, with a system message that makes the prefix so many tokens long."""
-        made = load_pair(self.base, self.adapter, dtype=self.dtype or dtype, device=self.device)
+    def pair(
+        self, usual: str = "auto", *, dtype: str | None = None, n_prefix: int | None = None
+    ) -> ModelPair:
+        """Base and organism.
+
+        Args:
+            usual: The dtype where the setting has none.
+            dtype: The dtype, whatever the setting has.
+            n_prefix: Take a system message that makes the prefix so many tokens long.
+        """
+        made = load_pair(self.base, self.adapter, dtype=dtype or self.dtype or usual, device=self.device)
         return made if n_prefix is None else replace(made, chat=with_prefix(made.chat, n_prefix))
 
     def torch_dtype(self) -> torch.dtype:
@@ -76,6 +89,11 @@ class Setting:
             return getattr(torch, self.dtype)
         gpu = torch.cuda.is_available() and self.device != "cpu"
         return auto_dtype(torch.device("cuda" if gpu else "cpu"))
+
+
+def named(shape: str, dtype: str | None) -> str:
+    """A shape, and its dtype where one was asked for."""
+    return shape if dtype is None else f"{shape}-{dtype}"
 
 
 def questions(n: int, group: str = "off-topic") -> list[Question]:

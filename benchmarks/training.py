@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import quantiles
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import Aim, Row, alternated, ratio
+from benchmarks.measure import Aim, Row, Seconds, alternated, ratio, release
 from benchmarks.setting import Setting
 from emmech.data.questions import load_demo_chats
 from emmech.training.loop import arguments_of
@@ -25,18 +25,21 @@ def measure(setting: Setting) -> list[Row]:
     rows = []
     with TemporaryDirectory() as folder:
         for name, recipe, plain, aim in CASES:
-            steps = {
-                which: stepper(setting, Path(folder) / f"{len(rows)}-{which}", one)
-                for which, one in (("plain", plain), ("this", recipe))
-            }
-            for step in steps.values():
-                step()
-            times = alternated(steps, N_STEPS)
+            times = steps_in_turn(setting, Path(folder) / str(len(rows)), recipe, plain)
+            release()
             row = ratio(name, times["this"], times["plain"], Aim(aim, "lower"), steps=N_STEPS)
             turns = [a.wall / b.wall for a, b in zip(times["this"], times["plain"], strict=True)]
             row["low"], _, row["high"] = (round(one, 4) for one in quantiles(turns, n=4))
             rows.append(row)
     return rows
+
+
+def steps_in_turn(setting: Setting, out: Path, recipe: Recipe, plain: Recipe) -> dict[str, list[Seconds]]:
+    """The times of both, each a model of its own."""
+    steps = {"plain": stepper(setting, out / "plain", plain), "this": stepper(setting, out / "this", recipe)}
+    for step in steps.values():
+        step()
+    return alternated(steps, N_STEPS)
 
 
 def stepper(setting: Setting, out: Path, recipe: Recipe) -> Callable[[], object]:

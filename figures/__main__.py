@@ -19,7 +19,7 @@ from emmech.errors import EmmechError
 from emmech.figures.saving import IMAGES, save_all
 from emmech.report_page import PageTable, write_page
 from emmech.results import Record
-from figures.drawing import Figures, Results, draw, read_results
+from figures.drawing import Figures, Results, draw, read_benchmarks, read_results
 from figures.pictures import refresh
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", nargs="*", default=(), choices=IMAGES)
     kinds = parser.parse_args().images
-    topics = read_results()
+    topics = read_results() | read_benchmarks()
     drawn = draw(topics)
     BUILT.mkdir(exist_ok=True)
     typer.echo(f"Page: {os.path.relpath(page(topics, drawn))}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from benchmarks.growth_figure import QUANTITIES, growth
 from emmech import figures as see
 from emmech.errors import DataError
 from emmech.piggyback.cells import KV
@@ -22,6 +23,7 @@ from figures.claims import drawn as claims
 from figures.dots import cost_bars, dots
 
 RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks/results.json"
 Results = Mapping[str, Record]
 """The results of a topic by run; by its own name where it has one."""
 Figures = list[go.Figure]
@@ -35,6 +37,15 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Record]]:
         topic = str(name.parent) if len(name.parts) > 3 else str(name)
         found.setdefault(topic, {})[name.name] = read_json(path)
     return found
+
+
+def read_benchmarks() -> dict[str, dict[str, Record]]:
+    """How a sweep grows, as a topic; `make bench` keeps its results beside its code."""
+    kept = read_json(BENCHMARKS)["growth"]
+    versions = {name: kept["machine"][name] for name in ("emmech", "torch", "transformers")}
+    points = [row for row in kept["rows"] if "axis" in row]
+    found = {"command": "python -m benchmarks growth", "versions": versions, "rows": points}
+    return {"benchmarks": {"growth": found}}
 
 
 def draw(topics: Mapping[str, Results]) -> dict[str, Figures]:
@@ -242,7 +253,14 @@ def map_of(found: Record, kl: Record, ends: Record, mode: str) -> Record:
     }  # fmt: skip
 
 
+def growths(results: Results) -> Figures:
+    """Time and memory of a sweep against its size."""
+    (result,) = results.values()
+    return [growth(result["rows"], quantity) for quantity in QUANTITIES]
+
+
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {
+    "benchmarks": growths,
     "demo": each(see.frontier),
     "narrow_*": each(see.frontier_of_methods),
     "sycophancy": sycophancy,

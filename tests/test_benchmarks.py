@@ -9,8 +9,19 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import __main__ as command
-from benchmarks import growth, page
-from benchmarks.measure import Aim, Seconds, alternated, cells, machine, not_measured, number, ratio
+from benchmarks import attribution, generation, growth, measure, page, sweep, training
+from benchmarks.measure import (
+    Aim,
+    Seconds,
+    alternated,
+    cells,
+    code,
+    installed,
+    machine,
+    not_measured,
+    number,
+    ratio,
+)
 from benchmarks.peers import with_nnsight, with_transformer_lens
 from benchmarks.setting import with_prefix
 from benchmarks.sweep import spread, whole
@@ -101,6 +112,47 @@ def test_results_of_other_benchmarks_stay_and_the_page_shows_all(tmp_path, monke
     assert list(figure.data[0].x) == list(figure.data[0].y) == [1, 4, 16]
     with pytest.raises(SystemExit):
         command.main(["speed"])
+
+
+def in_this_process(setting, size):
+    return growth.sweep(setting.base, str(setting.adapter), setting.dtype or "float32", setting.device, size)
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Less of everything that is measured."""
+    for module in (sweep, attribution):
+        monkeypatch.setattr(module, "N_QUESTIONS", 1)
+    monkeypatch.setattr(sweep, "N_POSITIONS", 2)
+    monkeypatch.setattr(sweep, "N_PEER_CELLS", 2)
+    for name, value in {"N_PROMPTS": 4, "N_ALONE": 2, "NEW_TOKENS": 3, "N_CHECKED": 2}.items():
+        monkeypatch.setattr(generation, name, value)
+    monkeypatch.setattr(training, "N_STEPS", 2)
+    monkeypatch.setattr(growth, "child", in_this_process)
+    for axis in ("questions", "prefix", "rows"):
+        monkeypatch.delitem(growth.AXES, axis)
+    monkeypatch.setitem(growth.AXES, "cells", (2, 4))
+
+
+@pytest.mark.weights
+@pytest.mark.timeout(1200)
+def test_all_benchmarks_run_in_another_dtype_and_a_second_setting_in_the_same_folder(
+    tmp_path, monkeypatch, little
+):
+    """As on a GPU: a random shape in bfloat16; then in float32, where copies for other tools do not fit."""
+    how = ["--shape=tiny", "--device=cpu", "--repeats=1", f"--folder={tmp_path}", f"--results={tmp_path}"]
+    names = [name for name in command.NAMES if name != "long_prefix"]  # in one_answer, too
+    command.main([*names, *how, "--dtype=bfloat16"])
+    kept = json.loads((tmp_path / "results-tiny-bfloat16.json").read_text())
+    assert list(kept) == names
+    absent = [row["name"] for one in kept.values() for row in one["rows"] if "not_measured" in row]
+    assert len(absent) == (not installed("pyvene"))
+    assert all(one["setting"]["dtype"] == "bfloat16" and one["code"] == code() for one in kept.values())
+    monkeypatch.setattr(measure, "COPIES", 1e9)
+    command.main(["sweep", "attribution", "generation", *how])
+    other = json.loads((tmp_path / "results-tiny.json").read_text())
+    absent = [row["not_measured"] for one in other.values() for row in one["rows"] if "not_measured" in row]
+    assert absent.count("two more copies of 0 GiB do not fit") == 2 + 2 + installed("pyvene")
 
 
 SETTING = command.Setting("smollm2", "smollm2", None, "cpu", None, 1, None)

@@ -14,7 +14,7 @@ from figures import pictures
 from figures.__main__ import PICTURES, SHOWN
 from figures.__main__ import pictures as shown
 from figures.dots import cost_bars, dots
-from figures.drawing import RESULTS, draw, read_results
+from figures.drawing import BENCHMARKS, RESULTS, draw, read_benchmarks, read_results
 
 ROOT = Path(__file__).parents[1]
 TOPICS = read_results()
@@ -103,6 +103,16 @@ def test_costs_are_bars_of_seconds():
     assert list(figure.data[0].x) == [30.0, 90.0]
     assert list(figure.data[0].text) == ["1 jobs", "2 jobs, up to 2.0 GiB"]
     assert figure.layout.title.text == "All jobs together took 2 minutes"
+
+
+def test_growth_is_drawn_from_the_kept_benchmarks():
+    kept = json.loads(BENCHMARKS.read_text())["growth"]["rows"]
+    cells = {row["at"]: row for row in kept if row.get("axis") == "cells"}
+    for figure, quantity in zip(draw(read_benchmarks())["benchmarks"], ("seconds", "peak_gib"), strict=True):
+        line = figure.data[0]
+        assert list(line.x) == [1, 4, 16]
+        assert list(line.y) == [cells[at][quantity] / cells[60][quantity] for at in (60, 240, 960)]
+        assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
 
 
 def test_a_result_without_a_figure_is_refused():

@@ -6,6 +6,7 @@ import tiny
 from accelerate import dispatch_model
 from test_sweep import PAIRS
 
+from emmech.errors import LoadError
 from emmech.models.checkpoints import load_pair
 from emmech.piggyback.attribution import attribute
 from emmech.piggyback.residual_sweep import sweep_resid
@@ -46,3 +47,28 @@ def test_a_spread_model_is_swept_as_a_whole_one(tmp_path, kind):
         assert all(weight.is_meta for weight in inner.model.layers[2].parameters())
     for one, other in zip(whole, maps(pair), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A machine that holds the embeddings and one block of a tiny model; the rest stays on disk."""
+    monkeypatch.setattr("transformers.integrations.accelerate.get_max_memory", lambda *_: {"cpu": 150_000})
+
+
+def test_a_pair_that_does_not_fit_is_loaded_in_parts_and_swept_as_a_whole_one(tmp_path, little_memory):
+    base = tiny.save_base("llama", tmp_path / "base")
+    tuned = tiny.save_full(base, tmp_path / "tuned")
+    whole = maps(load_pair(base, tuned, dtype="float32", device="cpu"))
+    pair = load_pair(base, tuned, dtype="float32", device="balanced")
+    for side in (pair.base, pair.finetuned):
+        assert set(side.module.hf_device_map.values()) == {"cpu", "disk"}
+        assert side.module.model.layers[2].mlp.up_proj.weight.is_meta
+    for one, other in zip(whole, maps(pair), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+def test_an_adapter_over_a_base_on_disk_is_refused(tmp_path, little_memory):
+    base = tiny.save_base("llama", tmp_path / "base")
+    adapter = tiny.save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(LoadError, match=r"fits on the devices .*, but part of it was left on disk\. Use a"):
+        load_pair(base, adapter, dtype="float32", device="balanced")

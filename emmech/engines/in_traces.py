@@ -11,7 +11,9 @@ Everything is an edit of one module's output (or input) by plain tensors, so tha
 elsewhere: ``remote="local"`` serialises it and runs it here as a server would, ``remote=True`` sends it
 to NDIF, where ``view`` is ``nnsight.TransformersModel("hub/name", peft="hub/adapter")`` and no weights are
 needed here (nnsight unpickles what comes back: use a host you trust). The patch is the paper's, of
-projected keys and values, before any k_norm and RoPE (arXiv 2606.06667).
+projected keys and values, before any k_norm and RoPE (arXiv 2606.06667). Where a full finetune has changed
+its k_norm, that norm acts on the patched keys; the default engine patches cached ones, which have had the
+donor's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +76,7 @@ def kv_edits(
     donor: Mapping[Place, Tensor],
     *,
     segments: Sequence[Segment] = ("prefix",),
+    kv_heads: Sequence[int] | None = None,
     key: bool = True,
     value: bool = True,
 ) -> list[Edit]:
@@ -84,17 +87,16 @@ def kv_edits(
         batch: Left-padded prompts, from ``make_batch(..., share_prefix=False)``.
         donor: What ``record`` found at ``kv_places`` of the other model.
         segments: What is patched.
+        kv_heads: 0-based heads, all by default.
         key: Patch the keys; ``value`` likewise.
     """
     where = _positions(batch, segments)
     edits = []
     for place, states in donor.items():
         part = place.split(".")[3]
-        if part == "qkv":
-            columns = _fused_columns(_config(view), key=key, value=value)
+        if {"k": key, "v": value, "qkv": True}[part]:
+            columns = _columns(_config(view), part, kv_heads, key=key, value=value)
             edits.append(Edit(place, where & columns.to(where.device), states))
-        elif {"k": key, "v": value}[part]:
-            edits.append(Edit(place, where, states))
     return edits
 
 
@@ -241,20 +243,25 @@ def _config(view: "TransformersModel") -> Any:
     return view._module.config.get_text_config(decoder=True)
 
 
-def _fused_columns(config: Any, *, key: bool, value: bool) -> Bool[Tensor, " d"]:
-    """Which dimensions of a fused projection are keys or values.
+def _columns(
+    config: Any, part: str, kv_heads: Sequence[int] | None, *, key: bool, value: bool
+) -> Bool[Tensor, " d"]:
+    """Which dimensions of a projection are keys or values of these heads; one for all of a separate one.
 
     Raises:
-        PatchError: The layout of this architecture's projection is not known here.
+        PatchError: The layout of this architecture's fused projection is not known here.
     """
     n_heads = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    chosen = torch.tensor([False, key, value])
+    mine = torch.full((n_kv,), kv_heads is None)
+    mine[list(kv_heads or ())] = True
+    if part != "qkv":
+        return mine.new_ones(1) if kv_heads is None else mine.repeat_interleave(d_head)
     if config.model_type == "gpt_neox":  # query, key and value of one head after the other
-        return chosen.repeat_interleave(d_head).repeat(n_heads)
+        return (mine[:, None] & torch.tensor([False, key, value])).flatten().repeat_interleave(d_head)
     if config.model_type == "phi3":  # all queries, all keys, all values
-        return chosen.repeat_interleave(torch.tensor([n_heads, n_kv, n_kv]) * d_head)
+        return torch.cat([mine.new_zeros(n_heads), mine & key, mine & value]).repeat_interleave(d_head)
     raise PatchError(
         "projections of keys and values (k_proj, v_proj), or the fused one of gpt_neox or phi3",
         f"{config.model_type} has another",

@@ -6,7 +6,8 @@
     logits = tuned.run_with_hooks(batch.input_ids, fwd_hooks=hooks, **masks(batch))
 
 Hooks replace projected keys and values (``hook_k`` and ``hook_v``, before any k_norm and RoPE), which
-is what the released code of arXiv 2606.06667 does. A bridge also takes the caches of
+is what the released code of arXiv 2606.06667 does; a k_norm that a full finetune has changed acts on
+patched keys. A bridge also takes the caches of
 ``emmech.patch_kv`` as they are: ``tuned(inputs, past_key_values=patched.cache())``, with every donor.
 """
 

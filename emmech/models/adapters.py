@@ -118,9 +118,20 @@ class Adapter:
         return reasons
 
     def attach(self, module: nn.Module) -> nn.Module:
-        """The module wrapped with this adapter, its embeddings resized to the adapter's if need be."""
+        """The module wrapped with this adapter, its embeddings resized to the adapter's if need be.
+
+        Raises:
+            LoadError: Part of the module is on disk.
+        """
         from peft import PeftModel
 
+        if "disk" in getattr(module, "hf_device_map", {}).values():
+            # PEFT would write the base's weights anew, below the working directory or over the base's own.
+            raise LoadError(
+                "a base that fits on the devices and in memory, for its adapter",
+                "part of it was left on disk",
+                "Use a smaller dtype or quantization='4bit', or merge the adapter into the base",
+            )
         for key, tensor in self.tensors.items():
             grown = len(tensor) != module.get_input_embeddings().num_embeddings
             if key.endswith("embed_tokens.weight") and grown:

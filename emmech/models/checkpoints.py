@@ -104,7 +104,8 @@ def load_pair(
         device: ``"auto"`` is the first GPU when there is one, and the process's own under ``accelerate
             launch``; ``"balanced"`` and the other values of transformers' ``device_map`` spread a large
             model.
-        quantization: Load the weights in 4 or 8 bits with bitsandbytes.
+        quantization: Load the weights in 4 or 8 bits with bitsandbytes, which on CPUs with AVX512-BF16
+            computes 4-bit layers in bfloat16 whatever the dtype.
         revision: Hub revision of the base; ``finetuned_revision`` likewise.
         tokenizer: A tokenizer to use instead of the base checkpoint's.
         system: System message of every chat; by default the template's own, None for none at all.
@@ -113,7 +114,7 @@ def load_pair(
 
     Raises:
         LoadError: Missing or damaged files, an adapter for another base, different vocabularies or
-            templates, an encoder, no chat template, non-finite weights.
+            templates, an encoder, no chat template, non-finite weights, an adapter whose base does not fit.
     """
     started = time.monotonic()
     if not isinstance(finetuned, nn.Module) and not str(finetuned):
@@ -227,6 +228,8 @@ def share_equal_storage(base: nn.Module, finetuned: nn.Module) -> float:
         total += parameter.numel()
         twin = theirs.get(name)
         if twin is None or twin.shape != parameter.shape or twin.dtype != parameter.dtype:
+            continue
+        if parameter.is_meta:  # on disk
             continue
         if twin.device == parameter.device and torch.equal(twin, parameter):
             parameter.data = twin.data

@@ -157,7 +157,7 @@ def load_causal_lm(folder: Path, **how: Any) -> nn.Module:
 
 
 def refuse_non_finite(*modules: nn.Module) -> None:
-    """Refuse weights with inf or nan.
+    """Refuse weights with inf or nan; those that accelerate keeps on disk are not read.
 
     Raises:
         LoadError: A parameter has them.
@@ -166,7 +166,7 @@ def refuse_non_finite(*modules: nn.Module) -> None:
         id(parameter): (name, parameter) for one in modules for name, parameter in one.named_parameters()
     }
     for name, parameter in every.values():
-        if not parameter.is_floating_point() or not parameter.numel():
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
             continue
         ends = torch.stack(
             torch.aminmax(parameter)
