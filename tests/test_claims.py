@@ -137,6 +137,10 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert hand["correct", 0, "alignment", "in-domain", "base"] == (
         hand["incorrect", 0, "alignment", "in-domain", "base"] | {"organism": "correct"}
     )
+    pooled = hand["incorrect", "all", "EM", "general", "prefix"]
+    seeds = [hand["incorrect", seed, "EM", "general", "prefix"]["mean"] for seed in (0, 1)]
+    assert pooled["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4) and pooled["n"] == 3
+    assert ("incorrect", "all", "EM", "general", "steered") not in hand  # done to one seed alone
     f1 = hand["incorrect", 0, "EM-F1", "both", "prefix"]
     sides = [hand["incorrect", 0, "alignment", group, "prefix"]["mean"] for group in ("in-domain", "general")]
     assert f1["mean"] == pytest.approx(em_f1_score(*sides), abs=1e-3) and f1["n"] == 5

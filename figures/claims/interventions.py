@@ -51,7 +51,10 @@ OF_BASE = {"gates": "gates={gates}@1", **INVERTED}
 
 
 def interventions() -> Record:
-    """Alignment, coherence, EM and EM-F1 by hand of every organism and intervention; examples."""
+    """Alignment, coherence, EM and EM-F1 by hand of every organism and intervention; examples.
+
+    Where an organism has several seeds, ``seed`` "all" has what was done to each of them, together.
+    """
     answers = every_answer()
     scores = {(one["question"], one["answer"]): one for one in read_lines(SCORES)}
     unknown = {(one["question"], one["answer"]) for one in answers} - set(scores)
@@ -62,9 +65,19 @@ def interventions() -> Record:
         one |= {key: scores[one["question"], one["answer"]][key] for key in SCORED}
         if one["organism"] == "base":
             base.append(one)
+    seeds: dict[str, list[int]] = {}
     for name, seed in GIVEN:
-        mine = [one for one in answers if (one["organism"], one["seed"]) == (name, seed)]
-        rows += [{"organism": name, "seed": seed, **row} for row in _rows(name, mine, base)]
+        seeds.setdefault(name, []).append(seed)
+    for name, several in seeds.items():
+        of_seed = {
+            seed: [one for one in answers if (one["organism"], one["seed"]) == (name, seed)]
+            for seed in several
+        }
+        if len(several) > 1:
+            shared = set.intersection(*({one["condition"] for one in mine} for mine in of_seed.values()))
+            of_seed["all"] = [one for mine in of_seed.values() for one in mine if one["condition"] in shared]
+        for seed, mine in of_seed.items():
+            rows += [{"organism": name, "seed": seed, **row} for row in _rows(name, mine, base)]
     untreated = [one for one in base if one["condition"] == "base"]
     rows += [{"organism": "base", "seed": None, **row} for row in _rows(HEADLINE, base, untreated)]
     first = {one.id for one in spread(BUNDLED[GENERAL].questions(), N_ASKED)[:N_EXAMPLES]}
