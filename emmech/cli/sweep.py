@@ -26,7 +26,7 @@ from emmech.errors import EmmechError
 from emmech.sharding import processes
 
 app = typer.Typer()
-FINDING = "finding.txt"
+FINDING, SET = "finding.txt", "set"
 
 
 class Direction(StrEnum):
@@ -172,7 +172,8 @@ def attribute(
 ) -> None:
     """Estimate every cell from gradients, check a sample exactly, and find the smallest set of cells.
 
-    Writes attribution.json, minimal.json, cells.csv, report.html and finding.txt to --out.
+    Writes attribution.json, minimal.json, cells.csv, report.html and finding.txt to --out. A stopped run
+    continues when it is started again with the same arguments.
     """
     asked = _asked(questions, metric, n_questions, group, matching)
     pair = load(
@@ -187,7 +188,9 @@ def attribute(
     result = run(pair, asked, metric, steps=steps, sample=sample, top=top, out=out, **common)
     minimal = ""
     if share:
-        found = minimal_set(pair, asked, metric, share=share, steps=set_steps, n_random=n_random, **common)
+        found = minimal_set(
+            pair, asked, metric, share=share, steps=set_steps, n_random=n_random, out=out / SET, **common
+        )
         minimal = found.text()
         if processes().is_main:
             found.save(out)

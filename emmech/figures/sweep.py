@@ -256,13 +256,13 @@ def _hover(row: Row, summary: Summary) -> str:
 
 
 def set_sizes(summary: Summary) -> go.Figure:
-    """The effect of the first cells in the order of attribution, and of as many random ones."""
+    """The effect of the first cells of an order, and of as many random ones."""
     fig = make_subplots(1, 1)
     curve = summary["curve"]
     points = list(zip(curve["sizes"], curve["random"], strict=True))
     add_band(fig, points, COLORS["control"], 1)
     lines = (
-        ("in the order of attribution", curve["greedy"], COLORS["repair"]),
+        (f"in the order of {summary.get('order', 'attribution')}", curve["greedy"], COLORS["repair"]),
         ("random sets", [row["mean"] for row in curve["random"]], COLORS["control"]),
     )
     for name, effects, color in lines:
