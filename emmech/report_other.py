@@ -44,15 +44,17 @@ def training_page(summary: Summary) -> Page:
 
 
 def sweep_page(summary: Summary) -> Page:
-    """The map and the strongest cells."""
-    content = [sweep_map(summary), cells_table(summary)]
-    return Page(sweep_finding(summary), content, summary["notes"], provenance=_provenance(summary))
+    """The map and the strongest cells, and the minimal set where there is one."""
+    return _with_set(summary, [sweep_map(summary), cells_table(summary)])
 
 
 def attribution_page(summary: Summary) -> Page:
     """The map, exact patches beside it, and the minimal set where there is one."""
+    return _with_set(summary, [sweep_map(summary), attribution_scatter(summary), cells_table(summary)])
+
+
+def _with_set(summary: Summary, content: list[Any]) -> Page:
     minimal = summary.get("minimal")
-    content: list[Any] = [sweep_map(summary), attribution_scatter(summary), cells_table(summary)]
     content += [set_sizes(minimal)] if minimal else []
     lead = [*([minimal["text"]] if minimal else []), *summary["notes"]]
     return Page(sweep_finding(summary), content, lead, provenance=_provenance(summary))

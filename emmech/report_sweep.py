@@ -53,8 +53,8 @@ _MEANINGS = {
 }
 
 
-def write_sweep(folder: str | Path, summary: Summary) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path."""
+def write_sweep(folder: str | Path, summary: Summary, minimal: Summary | None = None) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path; ``minimal`` is of a ``MinimalSet``."""
     n = len(summary["question_ids"])
     whole = summary["whole"]
     lead = [
@@ -62,12 +62,13 @@ def write_sweep(folder: str | Path, summary: Summary) -> Path:
         f"{n} questions; {summary['metric']} is {shown(summary['unpatched'])} unpatched and "
         f"{shown(summary['full'])} with the whole prefix of the {summary['source']} model, a difference of "
         f"{_interval(whole)}. {summary['n_cells']} cells, {summary['seconds']:.0f} s.",
+        *([minimal["text"]] if minimal else []),
         *summary["notes"],
     ]
     return write_page(
         folder,
         sweep_finding(summary),
-        [sweep_map(summary), cells_table(summary)],
+        [sweep_map(summary), cells_table(summary), *([set_sizes(minimal)] if minimal else [])],
         lead=lead,
         meanings=_MEANINGS,
         provenance=_provenance(summary),

@@ -164,6 +164,19 @@ def test_the_set_of_a_score_is_that_of_the_score_turned_round(linear_pair):
     assert one.size == two.size and one.cells == two.cells
 
 
+def test_given_effects_are_the_order(linear_pair):
+    """Attribution is exact where the score is linear: with the exact effects it is the same set."""
+    arguments = (linear_pair, list(tiny.QUESTIONS), difference_of_two_logits, ("layer", "position", "kv"))
+    effects = sweep_kv(*arguments, **QUIET).differences.mean(1)
+    attributed = minimal_set(*arguments, n_random=1, **QUIET)
+    found = minimal_set(*arguments, effects=effects, n_random=1, **QUIET)
+    assert found.cells == attributed.cells and found.size > 1
+    turned = minimal_set(*arguments, effects=-effects, n_random=1, **QUIET)
+    assert turned.size > found.size  # the weakest first
+    with pytest.raises(PatchError, match="an effect for each of 96 cells"):
+        minimal_set(*arguments, effects=effects[1:])
+
+
 class EvenCurve(_Curve):
     """Every cell does the same: n of N cells do n / N."""
 

@@ -66,6 +66,49 @@ def test_a_sweep_writes_its_cells_report_and_finding(
     assert page.startswith("<!doctype html>") and "Strongest cells" in page
 
 
+def test_a_sweep_takes_its_strongest_cells_into_the_smallest_set(emmech, on_pair, files, tmp_path):
+    arguments = ["sweep", *on_pair, files("pairs"), "--n-random=2", "--share=0.6", f"--out={tmp_path}"]
+    code, shown, err = emmech(*arguments)
+    assert code == 0, err
+    found, frame = MinimalSet.load(tmp_path), SweepResult.load(tmp_path).frame()
+    strongest = frame.nlargest(found.size, "effect")
+    places = strongest[["layer", "position", "kv", "token"]].to_dict("records")
+    assert list(found.cells) == places and found.summary["order"] == "single effects"
+    assert found.summary["effect"]["mean"] >= 0.6 and found.summary["random"]["n_sets"] == 2
+    finding, text = (tmp_path / "finding.txt").read_text(), found.text()
+    assert finding.endswith(f".\n{text}\n") and text in shown.replace("\n", " ")
+    page = (tmp_path / "report.html").read_text()
+    assert text in page and "in the order of single effects" in page
+    measured = sorted((tmp_path / "set").glob("sets_*.jsonl"))
+    before = [file.read_bytes() for file in measured]
+    code, _, err = emmech(*arguments)
+    assert code == 0, err
+    assert sorted((tmp_path / "set").glob("sets_*.jsonl")) == measured
+    assert [file.read_bytes() for file in measured] == before
+    code, shown, err = emmech("report", str(tmp_path), f"--out={tmp_path / 'page'}")
+    assert code == 0, err
+    assert text in (tmp_path / "page" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("options", [["--share=0"], ["--mode=leave_one_out"], ["--place=resid"]])
+def test_a_sweep_that_is_asked_for_no_set_or_of_other_places_finds_none(
+    emmech, on_pair, files, tmp_path, options
+):
+    over = "--over=layer,position" if "--place=resid" in options else "--over=layer"
+    code, _, err = emmech("sweep", *on_pair, files("pairs"), over, *options, f"--out={tmp_path}")
+    assert code == 0, err
+    assert not (tmp_path / "minimal.json").exists() and not (tmp_path / "set").exists()
+
+
+def test_a_sweep_of_a_prefix_that_changes_nothing_has_no_set(emmech, files, tmp_path):
+    base = tiny.save_base("llama", tmp_path / "base")
+    models = [f"--base={base}", f"--finetuned={base}", "--device=cpu"]
+    code, _, err = emmech("sweep", *models, files("pairs"), "--over=layer", f"--out={tmp_path / 'out'}")
+    assert code == 0, err
+    assert "changes nothing" in (tmp_path / "out" / "finding.txt").read_text()
+    assert not (tmp_path / "out" / "minimal.json").exists()
+
+
 def test_attribute_finds_a_set_and_says_so(emmech, on_pair, files, tmp_path):
     arguments = ["attribute", *on_pair, files("pairs"), "--sample=8", "--top=2", "--steps=4"]
     code, shown, err = emmech(*arguments, "--n-random=2", "--share=0.5", f"--out={tmp_path}")
@@ -88,6 +131,7 @@ def test_attribute_without_a_share_looks_for_no_set(emmech, on_pair, files, tmp_
     ("arguments", "match"),
     [
         (["sweep", "--place=resid", "--mode=leave_one_out", "pairs"], "mode single of the residual stream"),
+        (["sweep", "--share=0.5", "--mode=leave_one_out", "pairs"], "mode is leave_one_out. Leave out"),
         (["sweep", "--metric=kl", "--group=c", "questions"], "group"),
         (["attribute", "--group=c", "pairs"], "questions of the group 'c'"),
         (["sweep", "questions"], "aligned"),
