@@ -36,8 +36,8 @@ _KV = (
     "then read as usual, and the answer is scored."
 )
 _RESID = (
-    "After one block, the residual stream at some tokens becomes the other model's on the same text; all "
-    "that follows from it follows. The given answer is then scored."
+    "After a block, or each of several, the residual stream at some tokens becomes the other model's on the "
+    "same text; all that follows from it follows. The given answer is then scored."
 )
 _MEANINGS = {
     "effect": "What a cell changes as a share of what the other model's whole prefix changes: 0 as "

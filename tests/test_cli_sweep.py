@@ -47,6 +47,7 @@ def files(tmp_path_factory):
         (["questions", "--metric=kl", "--over=layer,kv_head", "--group=a"], 6, 3),
         (["questions", "--metric=target:Yes.", "--over=layer", "--n-questions=1"], 3, 1),
         (["chats", "--metric=target", "--place=resid", "--over=layer,segment"], 9, 5),
+        (["pairs", "--place=resid", "--mode=cumulative_down", "--over=layer+layer,segment"], 3 + 9, 5),
     ],
 )
 def test_a_sweep_writes_its_cells_report_and_finding(
@@ -130,7 +131,7 @@ def test_attribute_without_a_share_looks_for_no_set(emmech, on_pair, files, tmp_
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["sweep", "--place=resid", "--mode=leave_one_out", "pairs"], "mode single of the residual stream"),
+        (["sweep", "--share=0.5", "--place=resid", "pairs"], "place is resid and mode is single. Leave out"),
         (["sweep", "--share=0.5", "--mode=leave_one_out", "pairs"], "mode is leave_one_out. Leave out"),
         (["sweep", "--metric=kl", "--group=c", "questions"], "group"),
         (["attribute", "--group=c", "pairs"], "questions of the group 'c'"),

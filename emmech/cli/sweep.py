@@ -89,7 +89,7 @@ def sweep(
         Place, typer.Option(help="Entries of the prefix cache, or the residual stream.")
     ] = Place.kv,
     over: Over = None,
-    mode: Annotated[Mode, typer.Option(help="What is patched for each cell of the cache.")] = Mode.single,
+    mode: Annotated[Mode, typer.Option(help="What is patched for each cell.")] = Mode.single,
     direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
     share: Annotated[
         float | None,
@@ -124,8 +124,6 @@ def sweep(
     accelerate launch --multi_gpu -m emmech sweep ...
     """
     asked = _asked(questions, metric, n_questions, group, matching)
-    if place is Place.resid and mode is not Mode.single:
-        raise EmmechError("mode single of the residual stream", f"got '{mode.value}'", "Leave out --mode")
     single = place is Place.kv and mode is Mode.single
     if share and not single:
         raise EmmechError(
@@ -138,24 +136,16 @@ def sweep(
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
     options: dict[str, Any] = {"direction": direction.value, "rows": rows, "out": out}
-    axes = _axes(over)
+    options |= {"over": axes} if (axes := _axes(over)) else {}
     if place is Place.resid:
         from emmech.piggyback.residual_sweep import sweep_resid as run
-
-        axes = axes or [("layer", "position")]
-        if len(axes) > 1:
-            raise EmmechError("one grid of the residual stream", f"got '{over}'", "Correct --over")
-        options["over"] = axes[0]
     else:
         from emmech.piggyback.sweep import sweep_kv as run
-
-        options |= {"mode": mode.value} | ({"over": axes} if axes else {})
-    result = run(pair, asked, metric, **options)
+    result = run(pair, asked, metric, mode=mode.value, **options)
     share = (0.8 if single else 0) if share is None else share
     minimal = ""
     if share and result.full.sum() != result.unpatched.sum():
         options |= {"effects": result.differences.mean(1), "n_random": n_random, "seed": seed}
-        del options["mode"]
         minimal = _smallest_set(pair, asked, metric, result, share=share, **options)
     _write_finding(out, result, minimal)
     show(result, out, verbose)
