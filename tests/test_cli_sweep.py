@@ -1,14 +1,16 @@
-"""The commands sweep and attribute: files, text, and what is refused before models are looked for."""
+"""The commands sweep, attribute and search: files, text, and what is refused before models are looked for."""
 
 import json
 
 import pandas as pd
 import pytest
 import tiny
+from judge_server import JudgeServer, running
 from test_sweep import PAIRS
 
 from emmech.piggyback.attribution_result import AttributionResult
 from emmech.piggyback.minimal_set import MinimalSet
+from emmech.piggyback.search import SearchResult
 from emmech.piggyback.sweep_result import SweepResult
 
 
@@ -150,3 +152,33 @@ def test_an_unknown_axis_is_refused(user_error, on_pair, files, tmp_path):
         "different axes among", "sweep", *on_pair, files("pairs"), "--over=token", f"--out={tmp_path}",
         after_loading=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_a_search_writes_its_blocks_report_and_finding(emmech, on_pair, files, tmp_path, judge):
+    arguments = ["search", *on_pair, files("questions"), "--bands=3", "--stretches=1", "--most=3"]
+    arguments += ["--dtype=float32", "--max-new-tokens=8", f"--out={tmp_path}"]
+    with running(JudgeServer()) as server:
+        by = (
+            ["--judge=m", f"--judge-url={server.url}", "--below=50"]
+            if judge
+            else ["--detector=regex:[a-z]{3}"]
+        )
+        code, shown, err = emmech(*arguments, *by)
+        assert code == 0, err
+        n_asked = sum(server.asked.values())
+        assert emmech(*arguments, *by)[0] == 0 and sum(server.asked.values()) == n_asked
+        assert bool(n_asked) == judge == (tmp_path / "judged" / "judgements.jsonl").exists()
+    result = SearchResult.load(tmp_path)
+    assert len(result.frame()) == 3 and result.summary["unpatched"]["n"] == len(PAIRS)
+    assert (tmp_path / "finding.txt").read_text() == f"{result.text()}.\n"
+    assert "layer" in result.text() and "Report:" in shown
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "Blocks" in page
+    assert "3/3" in err and "block" in err  # the progress bar
+
+
+def test_a_search_of_no_questions_or_by_no_detector_is_refused(user_error, files, tmp_path):
+    command = ["search", files("questions"), "--finetuned=nowhere", f"--out={tmp_path}"]
+    user_error("questions of group 'c'", *command, "--group=c")
+    user_error("but got 'nonsense'", *command, "--detector=nonsense")

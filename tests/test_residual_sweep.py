@@ -87,7 +87,7 @@ def test_every_place_equals_a_plain_pass_with_hooks(make_pair, architecture, mod
     assert np.ptp(result.scores[:, 0]) > 1e-2
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_cumulative_patches_of_whole_prompts_are_single_ones_for_the_first_token_alone(
     make_pair, architecture
 ):
