@@ -58,6 +58,7 @@ _MEANINGS = {
     "margin": "Mean log-probability per token of the aligned answer minus that of the misaligned one, in "
     "nats. Below zero the misaligned answer is likelier.",
     "kl": "How far the first token's distribution is from that of the model the patch comes from, in nats.",
+    "kl_base": "How far the first token's distribution is from that of the base model, in nats.",
     "target": "Mean log-probability per token of a given answer, in nats.",
     "prefix": "The tokens that the chat template writes before the question. Its own later activations "
     "stay those of the patched model: an effect is that of what later tokens read.",

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -576,6 +577,32 @@ def test_target_and_kl_are_those_of_likelihoods(make_pair):
     expected = np.array([r["kl"] for r in records]).reshape(2, -1)
     scored = score_patches(replay_of(pair, "kl"), [EVERYTHING], progress=False)
     np.testing.assert_allclose([scored.unpatched, scored.full], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("direction", ["repair", "induce"])
+def test_kl_is_from_the_donor_and_kl_base_from_the_base(make_pair, direction):
+    pair = make_pair("qwen3")
+    sides = {"finetuned": "base", "base": "finetuned"}
+    recipient = "finetuned" if direction == "repair" else "base"
+    for metric, source in (("kl", sides[recipient]), ("kl_base", "base")):
+        scored = score_patches(replay_of(pair, metric, direction=direction), [EVERYTHING], progress=False)
+        for number, one in enumerate(PAIRS):
+            ids, said = torch.tensor([pair.chat.render(one.user).ids]), {}
+            for name in sides:
+                with pair.side(name).active() as module, torch.no_grad():
+                    said[name] = module(input_ids=ids).logits[0, -1].log_softmax(-1)
+            expected = float((said[source].exp() * (said[source] - said[recipient])).sum())
+            assert scored.unpatched[number] == pytest.approx(expected, abs=1e-4)
+        assert (scored.unpatched.min() > 1e-2) == (source != recipient)
+        assert np.abs(scored.full - scored.unpatched).min() > 1e-2
+
+
+def test_the_progress_bar_counts_cells_on_stderr(make_pair, capsys):
+    sweep_kv(make_pair("llama"), PAIRS, over=("layer", "kv"))
+    out, err = capsys.readouterr()
+    assert re.search(r"6/6 .*(cell/s|s/cell)", err) and out == ""
+    sweep_kv(make_pair("llama"), PAIRS, over=("layer", "kv"), progress=False)
+    assert "cell" not in capsys.readouterr().err
 
 
 def test_a_function_of_the_first_tokens_logits_is_a_metric(make_pair):

@@ -56,7 +56,8 @@ Asked = Annotated[
 MetricName = Annotated[
     str,
     typer.Option(
-        help="margin, kl (to the donor's model, first token), target (answers of chats), target:TEXT."
+        help="margin, kl (first token, from the donor's model), kl_base (from the base), target (answers of "
+        "chats), target:TEXT."
     ),
 ]
 Over = Annotated[
