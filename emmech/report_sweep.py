@@ -39,6 +39,21 @@ _RUN = (
     "provenance",
     "versions",
 )
+_SEARCHED = (
+    *(
+        "kind",
+        "detector",
+        "judge",
+        "rubric",
+        "rubric_hash",
+        "below",
+        "bands",
+        "stretches",
+        "threshold",
+        "most",
+    ),
+    *("decoding", "target", "source", "provenance", "versions"),
+)
 _CACHE = (
     "While a transformer reads a prompt it stores a key and a value for each token, layer and head, and "
     "what comes later is written from these."
@@ -135,7 +150,7 @@ def write_search(folder: str | Path, summary: Summary) -> Path:
         [search_map(summary), blocks_table(summary)],
         lead=lead,
         meanings={"effect": _MEANINGS["effect"], "[ ]": _MEANINGS["[ ]"]},
-        provenance={name: summary[name] for name in (*_RUN, *summary["settings"]) if name in summary},
+        provenance={name: summary[name] for name in _SEARCHED if name in summary},
     )
 
 

@@ -20,7 +20,6 @@ from emmech.cli.options import (
     System,
     Trust,
     Verbose,
-    check_detector,
     example,
     judge_of,
     load,
@@ -86,22 +85,22 @@ def search(
     --out/judged. A stopped search continues when it is started again with the same arguments.
     """
     from emmech.data.questions import load_questions, spread
+    from emmech.piggyback.behaviours import detected, judged
 
-    asked = load_questions(questions, only_group=group)
-    check_detector(detector)
+    asked = spread(load_questions(questions, only_group=group), n_questions)
     backend = judge_of(judge, judge_url)
+    counted = detected(detector) if backend is None else judged(backend, out / JUDGED, rubric, below)
     pair = load(
         base, finetuned, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
-    from emmech.piggyback.behaviours import judged
     from emmech.piggyback.search import search as run
     from emmech.results import replace_text
 
     result = run(
         pair,
-        spread(asked, n_questions),
-        detector if backend is None else judged(backend, out / JUDGED, rubric, below),
+        asked,
+        counted,
         bands=bands,
         stretches=stretches,
         threshold=threshold,

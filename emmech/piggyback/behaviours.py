@@ -16,6 +16,7 @@ from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.judges import judge
 from emmech.evaluation.metrics import MISALIGNED_BELOW
 from emmech.evaluation.replies import Backend
+from emmech.evaluation.rubrics import rubric as find_rubric
 from emmech.results import Record
 
 
@@ -62,13 +63,17 @@ def judged(
         folder: For its judgements: none is asked for twice.
         rubric: What it scores from 0 to 100.
         below: The threshold; a score of just this much is not below it.
+
+    Raises:
+        RubricError: There is no such rubric.
     """
+    asked = find_rubric(rubric)
     before: list[Record] = []
 
     def values(records: Sequence[Record]) -> list[float | None]:
         before.extend(records)  # the folder then lists the judgements of all answers so far
-        found = judge(before, rubric, backend, folder, progress=False)[-len(records) :]
+        found = judge(before, asked, backend, folder, progress=False)[-len(records) :]
         return [None if one["value"] is None else float(one["value"] < below) for one in found]
 
-    settings = {"judge": backend.id, "rubric": rubric, "below": below}
+    settings = {"judge": backend.id, "rubric": rubric, "rubric_hash": asked.hash, "below": below}
     return Behaviour(f"{rubric} below {below:g}", "rate", values, settings)

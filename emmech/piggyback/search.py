@@ -125,7 +125,6 @@ def search(
         {
             **arguments,
             "behaviour": measure.name,
-            "settings": list(measure.settings),
             "tokens": list(replay.prompt.token_texts[: replay.prompt.n_prefix]),
             "question_ids": replay.question_ids,
             "notes": list(pair.notes),
