@@ -7,21 +7,21 @@ from typing import Any
 
 from emmech.figures import (
     Summary,
-    as_estimate,
     attribution_scatter,
     direction_curve,
     judge_agreement,
     metric_bars,
     metric_finding,
+    search_finding,
+    search_map,
     set_sizes,
     sweep_finding,
     sweep_map,
     training_drift,
     training_loss,
 )
-from emmech.figures.house import plain, shown
 from emmech.report_page import Page, PageTable
-from emmech.report_sweep import cells_table
+from emmech.report_sweep import blocks_table, cells_table
 
 _RUN = ("kind", "metric", "mode", "target", "source", "direction", "n_cells", "detector", "provenance")
 _RUN += ("decoding", "versions")
@@ -44,15 +44,17 @@ def training_page(summary: Summary) -> Page:
 
 
 def sweep_page(summary: Summary) -> Page:
-    """The map and the strongest cells."""
-    content = [sweep_map(summary), cells_table(summary)]
-    return Page(sweep_finding(summary), content, summary["notes"], provenance=_provenance(summary))
+    """The map and the strongest cells, and the minimal set where there is one."""
+    return _with_set(summary, [sweep_map(summary), cells_table(summary)])
 
 
 def attribution_page(summary: Summary) -> Page:
     """The map, exact patches beside it, and the minimal set where there is one."""
+    return _with_set(summary, [sweep_map(summary), attribution_scatter(summary), cells_table(summary)])
+
+
+def _with_set(summary: Summary, content: list[Any]) -> Page:
     minimal = summary.get("minimal")
-    content: list[Any] = [sweep_map(summary), attribution_scatter(summary), cells_table(summary)]
     content += [set_sizes(minimal)] if minimal else []
     lead = [*([minimal["text"]] if minimal else []), *summary["notes"]]
     return Page(sweep_finding(summary), content, lead, provenance=_provenance(summary))
@@ -65,30 +67,9 @@ def minimal_page(summary: Summary) -> Page:
 
 
 def search_page(summary: Summary) -> Page:
-    """Blocks in the order of their effect on answers."""
-    known = [block for block in summary["blocks"] if block["effect"] is not None]
-    found = sorted(known, key=lambda block: -abs(block["effect"]))
-    places = [name for name in ("layer", "position", "kv_head", "kv") if any(name in one for one in found)]
-    rows = [
-        [
-            *("all" if one.get(name) is None else one[name] for name in places),
-            as_estimate(one).text(),
-            shown(one["effect"]),
-            one["depth"],
-        ]
-        for one in found
-    ]
-    detector = plain(summary["detector"])
-    before, after = (shown(summary[name]["mean"]) for name in ("unpatched", "full"))
-    title = f"No block of the prefix was patched; {detector} {before} unpatched"
-    if found:
-        where = ", ".join(f"{name} {found[0][name]}" for name in places if found[0].get(name) is not None)
-        title = (
-            f"{plain(where)} alone does {shown(found[0]['effect'])} of what the prefix does to {detector} "
-            f"({before} → {after})"
-        )
-    table = PageTable((*places, summary["detector"], "effect", "depth"), rows, "Blocks")
-    return Page(title, [table], provenance=_provenance(summary))
+    """The blocks, on a map and in the order of their effect on answers."""
+    content = [search_map(summary), blocks_table(summary)]
+    return Page(search_finding(summary), content, provenance=_provenance(summary))
 
 
 def direction_page(summary: Summary) -> Page:

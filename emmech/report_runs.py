@@ -78,15 +78,19 @@ class _Kind:
 def _sweep(file: Path) -> Record:
     from emmech.piggyback.sweep_result import SweepResult
 
-    return SweepResult.load(file.parent).to_json()
+    return SweepResult.load(file.parent).to_json() | _minimal(file.parent)
 
 
 def _attribution(file: Path) -> Record:
     from emmech.piggyback.attribution_result import AttributionResult
 
-    minimal = file.parent / "minimal.json"
-    more = {"minimal": read_json(minimal)} if minimal.exists() else {}
-    return AttributionResult.load(file.parent).to_json() | more
+    return AttributionResult.load(file.parent).to_json() | _minimal(file.parent)
+
+
+def _minimal(folder: Path) -> Record:
+    """The smallest set that was found beside a map."""
+    path = folder / "minimal.json"
+    return {"minimal": read_json(path)} if path.exists() else {}
 
 
 def _training(file: Path) -> Record:

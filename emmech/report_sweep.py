@@ -11,8 +11,20 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from emmech.figures import Row, Summary, attribution_scatter, set_sizes, sweep_finding, sweep_map
+from emmech.figures import (
+    Row,
+    Summary,
+    as_estimate,
+    attribution_scatter,
+    search_finding,
+    search_map,
+    set_sizes,
+    strongest,
+    sweep_finding,
+    sweep_map,
+)
 from emmech.figures.house import shown
+from emmech.figures.search import PLACES
 from emmech.report_page import PageTable, write_page
 
 N_STRONGEST, N_IN_TERMINAL = 15, 8
@@ -27,6 +39,21 @@ _RUN = (
     "provenance",
     "versions",
 )
+_SEARCHED = (
+    *(
+        "kind",
+        "detector",
+        "judge",
+        "rubric",
+        "rubric_hash",
+        "below",
+        "bands",
+        "stretches",
+        "threshold",
+        "most",
+    ),
+    *("decoding", "target", "source", "provenance", "versions"),
+)
 _CACHE = (
     "While a transformer reads a prompt it stores a key and a value for each token, layer and head, and "
     "what comes later is written from these."
@@ -36,8 +63,8 @@ _KV = (
     "then read as usual, and the answer is scored."
 )
 _RESID = (
-    "After one block, the residual stream at some tokens becomes the other model's on the same text; all "
-    "that follows from it follows. The given answer is then scored."
+    "After a block, or each of several, the residual stream at some tokens becomes the other model's on the "
+    "same text; all that follows from it follows. The given answer is then scored."
 )
 _MEANINGS = {
     "effect": "What a cell changes as a share of what the other model's whole prefix changes: 0 as "
@@ -46,6 +73,7 @@ _MEANINGS = {
     "margin": "Mean log-probability per token of the aligned answer minus that of the misaligned one, in "
     "nats. Below zero the misaligned answer is likelier.",
     "kl": "How far the first token's distribution is from that of the model the patch comes from, in nats.",
+    "kl_base": "How far the first token's distribution is from that of the base model, in nats.",
     "target": "Mean log-probability per token of a given answer, in nats.",
     "prefix": "The tokens that the chat template writes before the question. Its own later activations "
     "stay those of the patched model: an effect is that of what later tokens read.",
@@ -53,8 +81,8 @@ _MEANINGS = {
 }
 
 
-def write_sweep(folder: str | Path, summary: Summary) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path."""
+def write_sweep(folder: str | Path, summary: Summary, minimal: Summary | None = None) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path; ``minimal`` is of a ``MinimalSet``."""
     n = len(summary["question_ids"])
     whole = summary["whole"]
     lead = [
@@ -62,12 +90,13 @@ def write_sweep(folder: str | Path, summary: Summary) -> Path:
         f"{n} questions; {summary['metric']} is {shown(summary['unpatched'])} unpatched and "
         f"{shown(summary['full'])} with the whole prefix of the {summary['source']} model, a difference of "
         f"{_interval(whole)}. {summary['n_cells']} cells, {summary['seconds']:.0f} s.",
+        *([minimal["text"]] if minimal else []),
         *summary["notes"],
     ]
     return write_page(
         folder,
         sweep_finding(summary),
-        [sweep_map(summary), cells_table(summary)],
+        [sweep_map(summary), cells_table(summary), *([set_sizes(minimal)] if minimal else [])],
         lead=lead,
         meanings=_MEANINGS,
         provenance=_provenance(summary),
@@ -105,6 +134,47 @@ def write_attribution(folder: str | Path, summary: Summary, minimal: Summary | N
     )
 
 
+def write_search(folder: str | Path, summary: Summary) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path."""
+    lead = [
+        _CACHE,
+        f"Here blocks of them come from the {summary['source']} model, and the {summary['target']} model "
+        f"answers {len(summary['question_ids'])} questions. A block that does at least "
+        f"{summary['threshold']:.0%} of what the whole prefix does was split, the strongest first; "
+        f"{len(summary['blocks'])} were patched.",
+        *summary["notes"],
+    ]
+    return write_page(
+        folder,
+        search_finding(summary),
+        [search_map(summary), blocks_table(summary)],
+        lead=lead,
+        meanings={"effect": _MEANINGS["effect"], "[ ]": _MEANINGS["[ ]"]},
+        provenance={name: summary[name] for name in _SEARCHED if name in summary},
+    )
+
+
+def blocks_table(summary: Summary) -> PageTable:
+    """The blocks that were patched, the one with the largest effect first."""
+    found = strongest(summary)
+    places = [name for name in PLACES if any(name in one for one in found)]
+    rows = [
+        [
+            *_places(one, places),
+            as_estimate(one).text(),
+            shown(one["effect"]),
+            one["depth"],
+        ]
+        for one in found
+    ]
+    return PageTable((*places, summary["behaviour"], "effect", "depth"), rows, "Blocks")
+
+
+def search_text(summary: Summary) -> str:
+    """What was found, as plain text."""
+    return html.unescape(search_finding(summary))
+
+
 def finding_text(summary: Summary) -> str:
     """The title of the page as plain text."""
     return html.unescape(sweep_finding(summary))
@@ -112,8 +182,16 @@ def finding_text(summary: Summary) -> str:
 
 def terminal_table(summary: Summary) -> Table:
     """The cells with the largest effect, for the terminal."""
-    page = cells_table(summary)
-    table = Table(title=Text(finding_text(summary)), box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    return _in_terminal(cells_table(summary), finding_text(summary))
+
+
+def search_table(summary: Summary) -> Table:
+    """The blocks with the largest effect, for the terminal."""
+    return _in_terminal(blocks_table(summary), search_text(summary))
+
+
+def _in_terminal(page: PageTable, title: str) -> Table:
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in page.headings:
         table.add_column(Text(name), justify="right" if name in ("effect", "exact", "difference") else "left")
     for row in page.rows[:N_IN_TERMINAL]:

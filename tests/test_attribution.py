@@ -8,6 +8,7 @@ from test_sweep import ARCHITECTURES, PAIRS, replay_of
 
 from emmech.errors import PatchError, RunError
 from emmech.models.checkpoints import load_pair
+from emmech.piggyback import streaming
 from emmech.piggyback.attribution import (
     AttributionResult,
     attribute,
@@ -163,6 +164,19 @@ def test_the_set_of_a_score_is_that_of_the_score_turned_round(linear_pair):
     assert one.size == two.size and one.cells == two.cells
 
 
+def test_given_effects_are_the_order(linear_pair):
+    """Attribution is exact where the score is linear: with the exact effects it is the same set."""
+    arguments = (linear_pair, list(tiny.QUESTIONS), difference_of_two_logits, ("layer", "position", "kv"))
+    effects = sweep_kv(*arguments, **QUIET).differences.mean(1)
+    attributed = minimal_set(*arguments, n_random=1, **QUIET)
+    found = minimal_set(*arguments, effects=effects, n_random=1, **QUIET)
+    assert found.cells == attributed.cells and found.size > 1
+    turned = minimal_set(*arguments, effects=-effects, n_random=1, **QUIET)
+    assert turned.size > found.size  # the weakest first
+    with pytest.raises(PatchError, match="an effect for each of 96 cells"):
+        minimal_set(*arguments, effects=effects[1:])
+
+
 class EvenCurve(_Curve):
     """Every cell does the same: n of N cells do n / N."""
 
@@ -200,6 +214,35 @@ def test_the_set_reaches_the_share_and_one_cell_less_does_not(make_pair, tmp_pat
     assert found.summary["curve"]["greedy"][-1] == pytest.approx(1, abs=1e-5)
     found.save(tmp_path)
     assert MinimalSet.load(tmp_path) == found
+
+
+def test_a_stopped_search_for_the_set_scores_nothing_twice(make_pair, tmp_path, monkeypatch):
+    arguments = (make_pair("llama"), PAIRS)
+    options = {"share": 0.7, "n_random": 2, "rows": 8, **QUIET}
+    append, written = streaming.append_line, []
+
+    def counted(path, record):
+        append(path, record)
+        written.append((path.name, record["chunk"], record["batch"]))
+        if len(written) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "append_line", counted)
+    stop_after = None
+    whole = minimal_set(*arguments, out=tmp_path / "whole", **options)
+    every, stop_after = list(written), 9
+    written.clear()
+    with pytest.raises(KeyboardInterrupt):
+        minimal_set(*arguments, out=tmp_path / "stopped", **options)
+    assert len({name for name, *_ in written}) > 2  # in the middle of the third list of sets
+    resumed = minimal_set(*arguments, out=tmp_path / "stopped", **options)
+    assert len(written) == len(set(written)) and written == every
+    assert {**resumed.summary, "seconds": 0} == {**whole.summary, "seconds": 0}
+    again = minimal_set(*arguments, out=tmp_path / "stopped", **options)
+    assert written == every and again.cells == whole.cells
+    assert MinimalSet.load(tmp_path / "stopped") == again
+    with pytest.raises(RunError, match=r"its share is 0\.7, not 0\.5"):
+        minimal_set(*arguments, out=tmp_path / "stopped", **options | {"share": 0.5})
 
 
 def test_cells_that_cannot_reach_the_share_are_no_set(linear_pair):

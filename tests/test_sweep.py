@@ -2,7 +2,10 @@
 
 import copy
 import os
+import re
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from emmech.data.bundled import AnswerPair
 from emmech.errors import DataError, PatchError, RunError
 from emmech.evaluation.statistics import clustered_mean
 from emmech.gates.gate import Gating
+from emmech.models import hook_points
 from emmech.models.checkpoints import load_pair
 from emmech.models.late_start import recorded_blocks
 from emmech.models.sides import Side
@@ -59,21 +63,27 @@ def bare_prefix(side, prompt) -> DynamicCache:
     return cache
 
 
+def entries_by_hand(patch: Patch, shape: Shape) -> np.ndarray:
+    """True on the patch's entries ``[layer kv kv_head position]``, one after another."""
+    sizes = (shape.n_layers, 2, shape.n_kv_heads, shape.n_positions)
+    chosen = np.zeros(sizes, dtype=bool)
+    for place in np.ndindex(sizes):
+        at = dict(zip(("layer", "kv", "kv_head", "position"), place, strict=True))
+        inside = any(
+            all(getattr(cell, axis) is None or at[axis] in getattr(cell, axis) for axis in AXES)
+            for cell in patch.cells
+        )
+        chosen[place] = inside != patch.complement
+    return chosen
+
+
 def edited_by_hand(own: DynamicCache, other: DynamicCache, patch: Patch, shape: Shape) -> DynamicCache:
     """A copy of ``own`` with the patch's entries taken from ``other``, entry by entry."""
     cache = copy.deepcopy(own)
-    for layer in range(shape.n_layers):
-        for kv, name in enumerate(("keys", "values")):
-            for head in range(shape.n_kv_heads):
-                for position in range(shape.n_positions):
-                    at = {"layer": layer, "position": position, "kv_head": head, "kv": kv}
-                    inside = any(
-                        all(getattr(cell, axis) is None or at[axis] in getattr(cell, axis) for axis in AXES)
-                        for cell in patch.cells
-                    )
-                    if inside != patch.complement:
-                        donor = getattr(other.layers[layer], name)[0, head, position]
-                        getattr(cache.layers[layer], name)[0, head, position] = donor
+    for layer, kv, head, position in np.argwhere(entries_by_hand(patch, shape)).tolist():
+        name = ("keys", "values")[kv]
+        donor = getattr(other.layers[layer], name)[0, head, position]
+        getattr(cache.layers[layer], name)[0, head, position] = donor
     return cache
 
 
@@ -207,34 +217,65 @@ def test_answers_share_a_reading_in_attention_that_is_written_out(make_pair):
     np.testing.assert_allclose(one.full, other.full, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox"])
-def test_cells_equal_a_left_padded_batch_of_transformers(make_pair, architecture):
-    """The usual layout: prefix, padding, text; mask and positions given."""
+class Exchanged(DynamicCache):
+    """What one pass caches: kept as it was computed, with other entries handed on at some places."""
+
+    def __init__(self, config, others=None, chosen=None):
+        super().__init__(config=config)
+        self.computed, self.others, self.chosen = {}, others, chosen
+
+    def update(self, key, value, layer, *args, **kwargs):
+        self.computed[layer] = (key, value)
+        if self.others is not None:
+            pairs = zip(self.chosen[layer], self.others[layer], (key, value), strict=True)
+            key, value = (torch.where(at[..., None], other, own) for at, other, own in pairs)
+        return super().update(key, value, layer, *args, **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_random_cells_equal_one_left_padded_forward(make_pair, architecture):
+    """Questions of different lengths in one pass over whole texts, with padding before the prefix.
+
+    As it caches keys and values, some are exchanged; after each block the prefix's own states are put
+    back, so that only later tokens read the exchange.
+    """
     pair = make_pair(architecture)
     replay = replay_of(pair, "target: It depends.")
-    wanted = random_patches(replay.shape, 10)
-    found = score_patches(replay, wanted, rows=16, progress=False).patched
-    own, other = (bare_prefix(side, replay.prompt) for side in (pair.finetuned, pair.base))
-    n_rows, n_prefix = len(replay.items), replay.prompt.n_prefix
-    width = max(len(item.ids) for item in replay.items)
-    ids = torch.zeros(n_rows, width, dtype=torch.long)
-    mask = torch.ones(n_rows, n_prefix + width, dtype=torch.long)
-    for row, item in enumerate(replay.items):
-        ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
-        mask[row, n_prefix : n_prefix + width - len(item.ids)] = 0
-    assert (mask == 0).any()
-    position_ids = (mask.cumsum(-1) - 1)[:, n_prefix:]
-    for patch, scores in zip(wanted, found, strict=True):
-        cache = edited_by_hand(own, other, patch, replay.shape)
-        cache.batch_repeat_interleave(n_rows)
-        with pair.finetuned.active() as module, torch.no_grad():
-            logits = module(
-                input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache
-            ).logits.log_softmax(-1)
-        for row, item in enumerate(replay.items):
-            (answer,) = item.answers
-            chosen = logits[row, -len(answer) :].gather(1, torch.tensor(answer)[:, None])
-            assert float(chosen.mean()) == pytest.approx(scores[row], abs=1e-4)
+    wanted = random_patches(replay.shape, 50)
+    scored = score_patches(replay, wanted, rows=16, progress=False)
+    n_rows, n_prefix, n_layers = len(replay.items), replay.prompt.n_prefix, replay.shape.n_layers
+    texts = [(*replay.prompt.prefix_ids, *item.ids, item.answers[0][-1]) for item in replay.items]
+    width = max(map(len, texts))
+    ids, mask = torch.zeros(2, n_rows, width, dtype=torch.long)
+    prefix = torch.zeros(n_rows, width, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        first = width - len(text)
+        ids[row, first:], mask[row, first:] = torch.tensor(text), 1
+        prefix[row, first : first + n_prefix] = True
+    assert mask[:, 0].sum() == 1  # all rows but the longest have padding before the prefix
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    donor = Exchanged(pair.base.config)
+    with pair.base.active() as module:
+        module(**given, past_key_values=donor)
+    with pair.finetuned.active() as module, hook_points.recorded(module, *names) as own:
+        module(**given, past_key_values=DynamicCache(config=pair.finetuned.config))
+    for patch, found in zip(wanted, scored.patched, strict=True):
+        chosen = torch.zeros(n_layers, 2, n_rows, replay.shape.n_kv_heads, width, dtype=torch.bool)
+        here = torch.from_numpy(entries_by_hand(patch, replay.shape))
+        for row in range(n_rows):
+            chosen[:, :, row, :, prefix[row]] = here
+        cache = Exchanged(pair.finetuned.config, donor.computed, chosen)
+        with pair.finetuned.active() as module, ExitStack() as stack:
+            for name in names:
+                put_back = partial(torch.where, prefix[..., None], own[name])
+                stack.enter_context(hook_points.replaced(module, name, put_back))
+            logits = module(**given, past_key_values=cache).logits.log_softmax(-1)
+        n_answer = len(replay.items[0].answers[0])
+        said = logits[:, -n_answer - 1 : -1].gather(2, ids[:, -n_answer:, None])
+        np.testing.assert_allclose(found, said.mean((1, 2)).numpy(), **CLOSE)
+    assert np.ptp(scored.patched, axis=0).min() > 1e-2  # the cells differ by more than the tolerance
 
 
 @pytest.mark.parametrize("direction", ["repair", "induce"])
@@ -543,6 +584,32 @@ def test_target_and_kl_are_those_of_likelihoods(make_pair):
     expected = np.array([r["kl"] for r in records]).reshape(2, -1)
     scored = score_patches(replay_of(pair, "kl"), [EVERYTHING], progress=False)
     np.testing.assert_allclose([scored.unpatched, scored.full], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("direction", ["repair", "induce"])
+def test_kl_is_from_the_donor_and_kl_base_from_the_base(make_pair, direction):
+    pair = make_pair("qwen3")
+    sides = {"finetuned": "base", "base": "finetuned"}
+    recipient = "finetuned" if direction == "repair" else "base"
+    for metric, source in (("kl", sides[recipient]), ("kl_base", "base")):
+        scored = score_patches(replay_of(pair, metric, direction=direction), [EVERYTHING], progress=False)
+        for number, one in enumerate(PAIRS):
+            ids, said = torch.tensor([pair.chat.render(one.user).ids]), {}
+            for name in sides:
+                with pair.side(name).active() as module, torch.no_grad():
+                    said[name] = module(input_ids=ids).logits[0, -1].log_softmax(-1)
+            expected = float((said[source].exp() * (said[source] - said[recipient])).sum())
+            assert scored.unpatched[number] == pytest.approx(expected, abs=1e-4)
+        assert (scored.unpatched.min() > 1e-2) == (source != recipient)
+        assert np.abs(scored.full - scored.unpatched).min() > 1e-2
+
+
+def test_the_progress_bar_counts_cells_on_stderr(make_pair, capsys):
+    sweep_kv(make_pair("llama"), PAIRS, over=("layer", "kv"))
+    out, err = capsys.readouterr()
+    assert re.search(r"6/6 .*(cell/s|s/cell)", err) and out == ""
+    sweep_kv(make_pair("llama"), PAIRS, over=("layer", "kv"), progress=False)
+    assert "cell" not in capsys.readouterr().err
 
 
 def test_a_function_of_the_first_tokens_logits_is_a_metric(make_pair):

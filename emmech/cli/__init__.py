@@ -16,6 +16,7 @@ from emmech.cli import (
     models,
     patching,
     report,
+    search,
     steering,
     sweep,
     training,
@@ -32,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (patching, sweep, training, steering, evaluate, evaluation, harness, report, data, doctor):
+PARTS = (patching, sweep, search, training, steering, evaluate, evaluation, harness, report, data, doctor)
+for part in PARTS:
     app.add_typer(part.app)
 app.add_typer(models.app, name="models", help="Models that go by a short name: list them, get them.")
 app.add_typer(gates.app, name="gates", help="Alignment gates: steer, transfer, see what they do.")

@@ -25,6 +25,7 @@ from emmech.cli.options import (
     Verbose,
     check_detector,
     example,
+    judge_of,
     load,
     show,
 )
@@ -135,7 +136,7 @@ def evaluate(
         pairs=two,
         problems=BUNDLED["capability"].problems() if capability else (),
         served=servers,
-        judge_with=_judge(judge, judge_url),
+        judge_with=judge_of(judge, judge_url),
         rubrics=rubric or ("alignment", "coherence"),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -164,12 +165,3 @@ def _served(given: list[str]) -> dict[str, Any]:
 
         found[parts[1]] = Served(parts[2], base_url=parts[3])
     return found
-
-
-def _judge(name: str | None, url: str | None) -> Any:
-    """The judge that is asked for; None where there is none."""
-    if name is None:
-        return None
-    from emmech.evaluation.judges import EndpointJudge, LocalJudge
-
-    return LocalJudge() if name == "local" else EndpointJudge(name, base_url=url)

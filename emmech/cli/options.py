@@ -111,6 +111,15 @@ def check_detector(detector: str) -> None:
     find(detector)
 
 
+def judge_of(name: str | None, url: str | None) -> Any:
+    """The judge that is asked for; None where there is none."""
+    if name is None:
+        return None
+    from emmech.evaluation.judges import EndpointJudge, LocalJudge
+
+    return LocalJudge() if name == "local" else EndpointJudge(name, base_url=url)
+
+
 def load(
     base: str,
     finetuned: str,

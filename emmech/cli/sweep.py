@@ -26,7 +26,7 @@ from emmech.errors import EmmechError
 from emmech.sharding import processes
 
 app = typer.Typer()
-FINDING = "finding.txt"
+FINDING, SET = "finding.txt", "set"
 
 
 class Direction(StrEnum):
@@ -56,7 +56,8 @@ Asked = Annotated[
 MetricName = Annotated[
     str,
     typer.Option(
-        help="margin, kl (to the donor's model, first token), target (answers of chats), target:TEXT."
+        help="margin, kl (first token, from the donor's model), kl_base (from the base), target (answers of "
+        "chats), target:TEXT."
     ),
 ]
 Over = Annotated[
@@ -68,6 +69,7 @@ Group = Annotated[str | None, typer.Option(help="Only this group of questions, s
 Matching = Annotated[
     str | None, typer.Option(help="Whether an answer that matches the behaviour is aligned or misaligned.")
 ]
+NRandom = Annotated[int, typer.Option(min=1, help="Random sets to compare the smallest set with.")]
 Rows = Annotated[int | None, typer.Option(min=1, help="Rows per batch; chosen by free memory by default.")]
 Out = Annotated[Path, typer.Option(help="Folder for scores, table and report; resumed if stopped.")]
 
@@ -88,8 +90,19 @@ def sweep(
         Place, typer.Option(help="Entries of the prefix cache, or the residual stream.")
     ] = Place.kv,
     over: Over = None,
-    mode: Annotated[Mode, typer.Option(help="What is patched for each cell of the cache.")] = Mode.single,
+    mode: Annotated[Mode, typer.Option(help="What is patched for each cell.")] = Mode.single,
     direction: Annotated[Direction, typer.Option(help="repair or induce.")] = Direction.repair,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Find the smallest set of cells that does this much; 0 for none. By default .8 where "
+            "single cells of the cache are patched.",
+        ),
+    ] = None,
+    n_random: NRandom = 10,
+    seed: Seed = 0,
     n_questions: NQuestions = 8,
     group: Group = None,
     matching: Matching = None,
@@ -105,32 +118,37 @@ def sweep(
 ) -> None:
     """Patch every cell of the prefix by itself: which tokens, layers, heads, keys or values carry it.
 
-    Writes scores.jsonl, sweep.json, cells.csv, report.html and finding.txt to --out. A stopped sweep
+    Then finds the smallest set of these cells that does most of what the whole prefix does, next to random
+    sets: the strongest cells first, every size patched exactly. Writes scores.jsonl, sweep.json,
+    minimal.json, cells.csv, report.html and finding.txt to --out. A stopped sweep
     continues when it is started again with the same arguments. Several processes or GPUs:
     accelerate launch --multi_gpu -m emmech sweep ...
     """
     asked = _asked(questions, metric, n_questions, group, matching)
-    if place is Place.resid and mode is not Mode.single:
-        raise EmmechError("mode single of the residual stream", f"got '{mode.value}'", "Leave out --mode")
+    single = place is Place.kv and mode is Mode.single
+    if share and not single:
+        raise EmmechError(
+            "--share where single cells of the cache are patched",
+            f"place is {place.value} and mode is {mode.value}",
+            "Leave out --share",
+        )
     pair = load(
         base, finetuned, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
     options: dict[str, Any] = {"direction": direction.value, "rows": rows, "out": out}
-    axes = _axes(over)
+    options |= {"over": axes} if (axes := _axes(over)) else {}
     if place is Place.resid:
         from emmech.piggyback.residual_sweep import sweep_resid as run
-
-        axes = axes or [("layer", "position")]
-        if len(axes) > 1:
-            raise EmmechError("one grid of the residual stream", f"got '{over}'", "Correct --over")
-        options["over"] = axes[0]
     else:
         from emmech.piggyback.sweep import sweep_kv as run
-
-        options |= {"mode": mode.value} | ({"over": axes} if axes else {})
-    result = run(pair, asked, metric, **options)
-    _write_finding(out, result)
+    result = run(pair, asked, metric, mode=mode.value, **options)
+    share = (0.8 if single else 0) if share is None else share
+    minimal = ""
+    if share and result.full.sum() != result.unpatched.sum():
+        options |= {"effects": result.differences.mean(1), "n_random": n_random, "seed": seed}
+        minimal = _smallest_set(pair, asked, metric, result, share=share, **options)
+    _write_finding(out, result, minimal)
     show(result, out, verbose)
 
 
@@ -155,7 +173,7 @@ def attribute(
         float, typer.Option(min=0.0, max=1.0, help="Find the smallest set that does this much; 0 for none.")
     ] = 0.8,
     set_steps: Annotated[int, typer.Option(min=1, help="Gradients for the order of its cells.")] = 8,
-    n_random: Annotated[int, typer.Option(min=1, help="Random sets to compare it with.")] = 10,
+    n_random: NRandom = 10,
     seed: Seed = 0,
     n_questions: NQuestions = 8,
     group: Group = None,
@@ -172,7 +190,8 @@ def attribute(
 ) -> None:
     """Estimate every cell from gradients, check a sample exactly, and find the smallest set of cells.
 
-    Writes attribution.json, minimal.json, cells.csv, report.html and finding.txt to --out.
+    Writes attribution.json, minimal.json, cells.csv, report.html and finding.txt to --out. A stopped run
+    continues when it is started again with the same arguments.
     """
     asked = _asked(questions, metric, n_questions, group, matching)
     pair = load(
@@ -180,21 +199,28 @@ def attribute(
         allow_base_mismatch, trust_remote_code, verbose,
     )  # fmt: skip
     from emmech.piggyback.attribution import attribute as run
-    from emmech.piggyback.minimal_set import minimal_set
 
-    common: dict[str, Any] = {"direction": direction.value, "seed": seed, "rows": rows}
-    common |= {"over": axes} if (axes := _axes(over)) else {}
-    result = run(pair, asked, metric, steps=steps, sample=sample, top=top, out=out, **common)
+    options: dict[str, Any] = {"direction": direction.value, "seed": seed, "rows": rows, "out": out}
+    options |= {"over": axes} if (axes := _axes(over)) else {}
+    result = run(pair, asked, metric, steps=steps, sample=sample, top=top, **options)
     minimal = ""
     if share:
-        found = minimal_set(pair, asked, metric, share=share, steps=set_steps, n_random=n_random, **common)
-        minimal = found.text()
-        if processes().is_main:
-            found.save(out)
-            result.save(out, found.to_json())
-            typer.echo(minimal)
+        options |= {"share": share, "steps": set_steps, "n_random": n_random}
+        minimal = _smallest_set(pair, asked, metric, result, **options)
     _write_finding(out, result, minimal)
     show(result, out, verbose)
+
+
+def _smallest_set(pair: Any, asked: list[Any], metric: str, result: Any, out: Path, **options: Any) -> str:
+    """Find the fewest cells that do most of it, show them beside the result, and say so."""
+    from emmech.piggyback.minimal_set import minimal_set
+
+    found = minimal_set(pair, asked, metric, out=out / SET, **options)
+    if processes().is_main:
+        found.save(out)
+        result.save(out, found.to_json())
+        typer.echo(found.text())
+    return found.text()
 
 
 def _asked(questions: str, metric: str, n: int, group: str | None, matching: str | None) -> list[Any]:

@@ -29,6 +29,7 @@ from emmech.figures.patching import (
     restored_curves,
 )
 from emmech.figures.perturbation import perturbation_strip
+from emmech.figures.search import search_finding, search_map, strongest
 from emmech.figures.steering import (
     direction_curve,
     doses_finding,
@@ -79,10 +80,13 @@ __all__ = [
     "quantity",
     "readout_curves",
     "restored_curves",
+    "search_finding",
+    "search_map",
     "set_sizes",
     "shared_finding",
     "shared_matrix",
     "steering_finding",
+    "strongest",
     "sweep_finding",
     "sweep_map",
     "token_values",

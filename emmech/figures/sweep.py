@@ -146,10 +146,10 @@ def _heat(summary: Summary, across: str) -> go.Figure:
         heads = ""
     caption = f"{_caption(summary)}{heads}. {INTERVALS} are at the pointer."
     fig = finished(fig, sweep_finding(summary), caption, max(240, 17 * n_layers) + 150)
-    return _wide_enough(fig, len(kinds) * max(len(columns), 12))
+    return wide_enough(fig, len(kinds) * max(len(columns), 12))
 
 
-def _wide_enough(fig: go.Figure, n_labels: int) -> go.Figure:
+def wide_enough(fig: go.Figure, n_labels: int) -> go.Figure:
     """With a width at which upright labels stay apart, where a phone is narrower; a page then scrolls."""
     width = 170 + 16 * n_labels
     return fig.update_layout(width=width) if width > _PHONE else fig
@@ -179,7 +179,7 @@ def _curve(summary: Summary, along: str) -> go.Figure:
         return fig.update_xaxes(title=_TITLES[along])
     labels = token_labels(summary["tokens"])
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-90)
-    return _wide_enough(fig, len(labels))
+    return wide_enough(fig, len(labels))
 
 
 def _bars(summary: Summary) -> go.Figure:
@@ -256,13 +256,13 @@ def _hover(row: Row, summary: Summary) -> str:
 
 
 def set_sizes(summary: Summary) -> go.Figure:
-    """The effect of the first cells in the order of attribution, and of as many random ones."""
+    """The effect of the first cells of an order, and of as many random ones."""
     fig = make_subplots(1, 1)
     curve = summary["curve"]
     points = list(zip(curve["sizes"], curve["random"], strict=True))
     add_band(fig, points, COLORS["control"], 1)
     lines = (
-        ("in the order of attribution", curve["greedy"], COLORS["repair"]),
+        (f"in the order of {summary.get('order', 'attribution')}", curve["greedy"], COLORS["repair"]),
         ("random sets", [row["mean"] for row in curve["random"]], COLORS["control"]),
     )
     for name, effects, color in lines:

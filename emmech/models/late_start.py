@@ -13,7 +13,7 @@ exchanged for the time of the pass. Whether that is right for a model (one that 
 than the residual stream from block to block breaks it) is for the caller to check against a full pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,13 +81,17 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def exchanged_after(
-    block: nn.Module, where: Bool[Tensor, "batch pos"], state: Float[Tensor, "batch pos d_model"]
+    block: nn.Module, where: Bool[Tensor, "batch pos"], state: Callable[[], Tensor]
 ) -> Iterator[None]:
-    """Put ``state`` in the place of what ``block`` returns, where ``where`` is true."""
+    """Put what ``state()`` returns in the place of what ``block`` does, where ``where`` is true.
+
+    It is ``[batch pos d_model]``, and asked for when the block has run: of several blocks, the states of one
+    are there at a time.
+    """
 
     def exchange(_: nn.Module, __: Any, output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output
-        new = torch.where(where[..., None], state.to(own), own)
+        new = torch.where(where[..., None].to(own.device), state().to(own), own)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     handle = block.register_forward_hook(exchange)

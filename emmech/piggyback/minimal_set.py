@@ -3,9 +3,10 @@
     found = minimal_set(pair, load_pairs("sycophancy_sports")[:8])
     print(found.text())
 
-Greedy: cells are taken in the order of their attribution (`emmech.piggyback.attribution`), and every
-size that is reported was patched exactly. The set is the smallest of this order, not of all sets: the
-size before it falls short, and other orders may do with less. Random sets are drawn from the same cells.
+Greedy: cells are taken in the order of their attribution (`emmech.piggyback.attribution`) or, where a
+sweep has measured it, of what each does by itself; every size that is reported was patched exactly. The
+set is the smallest of this order, not of all sets: the size before it falls short, and other orders may
+do with less. Random sets are drawn from the same cells.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +22,13 @@ from emmech.models.checkpoints import ModelPair
 from emmech.piggyback.attribution import cell_attributions, entry_attributions
 from emmech.piggyback.cells import Cell, Entries, grid
 from emmech.piggyback.replay import Replay, SweepDirection
+from emmech.piggyback.running import open_folder
 from emmech.piggyback.scores import MetricLike, find_metric
-from emmech.piggyback.streaming import score_patches
+from emmech.piggyback.streaming import Scored, score_patches
 from emmech.piggyback.sweep import DEFAULT_AXES, labelled, run_summary, sweep_arguments
 from emmech.piggyback.sweep_result import reference, share_and_interval
 from emmech.reprs import card
-from emmech.results import Record, read_json, write_json
+from emmech.results import Record, RunFolder, fingerprint, read_json, write_json
 from emmech.sharding import processes
 
 MINIMAL = "minimal.json"
@@ -47,7 +49,7 @@ class MinimalSet:
 
     @property
     def cells(self) -> Sequence[Record]:
-        """Where they are, the one with the largest attribution first."""
+        """Where they are, the first of the order first."""
         return self.summary["cells"]
 
     def text(self) -> str:
@@ -103,29 +105,34 @@ def minimal_set(
     metric: MetricLike = "margin",
     over: Any = DEFAULT_AXES,
     *,
+    effects: Float[np.ndarray, " cell"] | None = None,
     share: float = 0.8,
     direction: SweepDirection | str = "repair",
     steps: int = 8,
     n_random: int = 10,
     seed: int = 0,
     rows: int | None = None,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> MinimalSet:
-    """The fewest cells, in the order of attribution, that do at least ``share`` of the whole prefix.
+    """The fewest cells of an order that do at least ``share`` of the whole prefix.
 
     Args:
         pair: From ``load_pair``; best in float32.
         questions: As in ``sweep_kv``, like ``metric``, ``over``, ``direction`` and ``rows``.
+        effects: What each cell changes by itself, which is then the order, as a finished sweep over the
+            same cells has it: ``result.differences.mean(1)``. By default cells are ordered by attribution.
         share: Of what the donor's whole prefix does; the mean over questions has to reach it.
         steps: As in ``attribute``. Averaged gradients take much smaller sets to the share than one does,
             although one ranks single cells better.
         n_random: Random orders of the cells to compare with.
         seed: Of these orders.
         rows: Cells times answers in a batch; by free memory by default.
+        out: Folder for the scores of the sets and the result; a stopped run continues there.
         progress: Show a progress bar.
 
     Raises:
-        EmmechError: The questions, cells or model are refused, or the prefix does nothing.
+        EmmechError: The questions, cells, model or folder are refused, or the prefix does nothing.
     """
     if not 0 < share <= 1 or n_random < 1:
         raise PatchError(
@@ -133,30 +140,60 @@ def minimal_set(
         )
     replay = Replay(pair, list(questions), find_metric(metric), direction)
     cells = grid(over, replay.shape)
-    curve = _Curve(replay, cells, rows, progress)
-    entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
-    estimates = cell_attributions(entries, cells, replay.shape).mean(1) * np.sign(curve.whole.mean())
-    greedy = np.argsort(-estimates, kind="stable")
+    if effects is not None and len(effects) != len(cells):
+        raise PatchError(
+            f"an effect for each of {len(cells)} cells", f"got {len(effects)}", "Sweep the same cells"
+        )
+    by = {"order": "attribution", "steps": steps}
+    if effects is not None:
+        by = {"order": "single effects", "effects": fingerprint(effects.tolist())}
+    arguments = {
+        "kind": "minimal-set",
+        **by,
+        **{"share": share, "n_random": n_random, "seed": seed},
+        **sweep_arguments(replay, [cell.coordinates() for cell in cells], rows),
+    }
+    folder = open_folder(out, arguments, lines=False)
+    curve = _Curve(replay, cells, rows, folder, progress)
+    if effects is None:
+        entries = processes().from_main(lambda: entry_attributions(replay, steps=steps, progress=progress))
+        effects = cell_attributions(entries, cells, replay.shape).mean(1)
+    greedy = np.argsort(-effects * np.sign(curve.whole.mean()), kind="stable")
+    if folder is not None:  # a restart may round gradients differently
+        greedy = np.array(processes().from_main(lambda: folder.remember("order", greedy.tolist())))
     size = curve.smallest(greedy, share)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(cells)) for _ in range(n_random)]
-    return MinimalSet(
-        run_summary(replay, sweep_arguments(replay, [cell.coordinates() for cell in cells], rows), curve.last)
-        | reference(curve.last.unpatched, curve.last.full)
-        | {"kind": "minimal-set", "share": share, "steps": steps, "seed": seed, "size": size}
-        | {"n_questions": len(replay.question_ids), "seconds": curve.seconds}
-        | _described(curve, greedy, orders, size, labelled(replay, [cells[n].coordinates() for n in greedy]))
+    described = _described(
+        curve, greedy, orders, size, labelled(replay, [cells[n].coordinates() for n in greedy])
     )
+    found = MinimalSet(
+        run_summary(replay, arguments, curve.last)
+        | reference(curve.last.unpatched, curve.last.full)
+        | {"size": size, "n_questions": len(replay.question_ids), "seconds": curve.seconds}
+        | described
+    )
+    if out is not None and processes().is_main:
+        found.save(out)
+    return found
 
 
 class _Curve:
     """The exact effect of the first cells of an order, each size scored once."""
 
-    def __init__(self, replay: Replay, cells: Sequence[Cell], rows: int | None, progress: bool):
-        self.replay, self.cells, self.rows, self.progress = replay, cells, rows, progress
+    def __init__(
+        self,
+        replay: Replay,
+        cells: Sequence[Cell],
+        rows: int | None,
+        folder: RunFolder | None,
+        progress: bool,
+    ):
+        self.replay, self.cells, self.folder = replay, cells, folder
+        self.rows, self.progress = rows, progress
         self.found: dict[tuple[bytes, int], Float[np.ndarray, " question"]] = {}
         self.seconds = 0.0
-        self.last = self._score([])
+        self.last = self._score({})
         self.whole = self.last.full - self.last.unpatched
         if self.whole.sum() == 0:
             raise PatchError(
@@ -168,8 +205,7 @@ class _Curve:
         names = [(order.tobytes(), size) for order, size in sets]
         missing = {n: one for n, one in zip(names, sets, strict=True) if n not in self.found}
         if missing:
-            made = [self._entries(order[:size]) for order, size in missing.values()]
-            self.last = self._score(made)
+            self.last = self._score(missing)
             self.found |= dict(zip(missing, self.last.patched - self.last.unpatched, strict=True))
         return np.stack([self.found[name] for name in names])
 
@@ -198,11 +234,17 @@ class _Curve:
                 below = size
         return above
 
-    def _entries(self, numbers: Order) -> Entries:
-        return Entries.of([self.cells[number] for number in numbers], self.replay.shape)
-
-    def _score(self, sets: Sequence[Entries]) -> Any:
-        scored = score_patches(self.replay, sets, rows=self.rows, progress=self.progress)
+    def _score(self, sets: Mapping[Any, tuple[Order, int]]) -> Scored:
+        numbers = [order[:size].tolist() for order, size in sets.values()]
+        entries = [Entries.of([self.cells[n] for n in one], self.replay.shape) for one in numbers]
+        scored = score_patches(
+            self.replay,
+            entries,
+            rows=self.rows,
+            folder=self.folder,
+            file=f"sets_{fingerprint(numbers)}.jsonl",
+            progress=self.progress,
+        )
         self.seconds += scored.seconds
         return scored
 

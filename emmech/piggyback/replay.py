@@ -90,7 +90,7 @@ class Replay:
         self.blocks = decoder_blocks(self.recipient.module, self.shape.n_layers)
         self.late_start: bool | None = None if self.blocks is not None else False
         """Whether blocks below a patch may be left out; None until ``verify`` has looked."""
-        self.donor_logits = self._donor_logits() if metric.needs_donor else None
+        self.reference_logits = None if metric.compared_with is None else self._reference_logits()
 
     @property
     def width(self) -> int:
@@ -197,10 +197,10 @@ class Replay:
         self, items: Int[Tensor, " row"], logits: Float[Tensor, "read d_vocab"]
     ) -> Float[Tensor, " row"]:
         """The metric's score of each row, its answers weighted."""
-        donor = None
-        if self.donor_logits is not None:
-            donor = torch.cat([self.donor_logits[item] for item in items.tolist()]).to(logits)
-        scores = self.metric.score(self.texts.take(items).read_by(logits, donor))
+        reference = None
+        if self.reference_logits is not None:
+            reference = torch.cat([self.reference_logits[item] for item in items.tolist()]).to(logits)
+        scores = self.metric.score(self.texts.take(items).read_by(logits, reference))
         weights = [self.items[item].weights for item in items.tolist()]
         return (scores.reshape(len(items), -1) * torch.tensor(weights).to(scores)).sum(1)
 
@@ -273,12 +273,15 @@ class Replay:
             yield
 
     @torch.no_grad()
-    def _donor_logits(self) -> list[Float[Tensor, "read d_vocab"]]:
-        """What the donor's model itself says of each item."""
+    def _reference_logits(self) -> list[Float[Tensor, "read d_vocab"]]:
+        """What the model that the metric compares with itself says of each item."""
+        side, prefix = self.donor, self.other
+        if self.metric.compared_with == "base" and self.recipient is self.pair.base:
+            side, prefix = self.recipient, self.own
         found = []
         for item in range(len(self.items)):
             row = torch.tensor([item], device=self.recipient.device)
-            found.append(self._run(self.donor, self.other, self.texts.take(row), {}))
+            found.append(self._run(side, prefix, self.texts.take(row), {}))
         return found
 
 

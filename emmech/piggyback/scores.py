@@ -4,7 +4,9 @@
                  (as `emmech.piggyback.margin`); the questions are pairs of answers.
 ``target``       mean log-probability per token of the answer that a chat ends with; ``target:TEXT`` of
                  the same answer to every question.
-``kl``           KL(donor's model ‖ patched) of the first token of the answer.
+``kl``           KL(donor's model ‖ patched) of the first token of the answer: from the base in direction
+                 ``repair``, where its prefix is patched in, from the finetuned model in ``induce``.
+``kl_base``      KL(base ‖ patched) of the same, in both directions; 0 unpatched in ``induce``.
 a function       of the first token's logits ``[row d_vocab]``, returning ``[row]``.
 
 All in nats, all differentiable in the logits. For more than these, make a ``Metric``.
@@ -12,7 +14,7 @@ All in nats, all differentiable in the logits. For more than these, make a ``Met
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -65,8 +67,8 @@ class Read:
     """The answer's token there; 0 where there is no answer."""
     row: Int[Tensor, " read"]
     n_rows: int
-    donor: Float[Tensor, "place d_vocab"] | None = None
-    """Logits of the donor's model at the same places, for metrics that compare with it."""
+    reference: Float[Tensor, "place d_vocab"] | None = None
+    """Logits of the model that the metric compares with, at the same places."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Metric:
     name: str
     items: Callable[[ModelPair, Sequence[Any]], list[Item]]
     score: Callable[[Read], Float[Tensor, " row"]]
-    needs_donor: bool = False
+    compared_with: Literal["donor", "base"] | None = None
+    """The model whose own logits ``score`` also reads."""
 
 
 MetricLike = str | Metric | Callable[[Tensor], Tensor]
@@ -113,10 +116,10 @@ def log_probability(read: Read) -> Float[Tensor, " row"]:
     return _row_means(chosen - normaliser[read.places], read)
 
 
-def kl_to_donor(read: Read) -> Float[Tensor, " row"]:
-    """KL(donor's model ‖ patched) of the next token, the mean over what is read of each row."""
-    assert read.donor is not None
-    p, q = (logits.float().log_softmax(1) for logits in (read.donor, read.logits))
+def kl_from_reference(read: Read) -> Float[Tensor, " row"]:
+    """KL(reference ‖ patched) of the next token, the mean over what is read of each row."""
+    assert read.reference is not None
+    p, q = (logits.float().log_softmax(1) for logits in (read.reference, read.logits))
     return _row_means((p.exp() * (p - q)).sum(1)[read.places], read)
 
 
@@ -185,5 +188,6 @@ PROMPTS = Metric("answers", _prompts, lambda read: read.logits.new_zeros(read.n_
 METRICS = {
     "margin": Metric("margin", _margin, log_probability),
     "target": Metric("target", _target, log_probability),
-    "kl": Metric("kl", _prompts, kl_to_donor, needs_donor=True),
+    "kl": Metric("kl", _prompts, kl_from_reference, "donor"),
+    "kl_base": Metric("kl_base", _prompts, kl_from_reference, "base"),
 }

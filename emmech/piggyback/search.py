@@ -1,6 +1,6 @@
 """Where generated behaviour rides, coarse to fine: patch bands of the prefix cache, refine where it tells.
 
-    found = search(pair, load_questions("refusal")[:40], detector="refusal")
+    found = search(pair, load_questions("refusal")[:40], "refusal")
     found.frame()
 
 Answers are costly, so no grid is gone through: bands of layers by stretches of prefix tokens are patched
@@ -10,56 +10,77 @@ several blocks carry only together is not found; ``sweep_kv`` in mode leave_one_
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from emmech import defaults
 from emmech.errors import PatchError
-from emmech.evaluation.detectors import detector as find_detector
 from emmech.evaluation.statistics import clustered_mean, paired_difference
 from emmech.models.checkpoints import ModelPair
 from emmech.models.generation import Decoding, auto_limits, decode, make_batch, plan_batches, prefill
 from emmech.models.kv_cache import PrefixState
+from emmech.piggyback.behaviours import Behaviour, detected
 from emmech.piggyback.cells import EVERYTHING, NOTHING, Cell, Patch, Shape
 from emmech.piggyback.replay import Replay, SweepDirection
 from emmech.piggyback.scores import PROMPTS
 from emmech.piggyback.sweep import sweep_arguments
-from emmech.results import Record, RunFolder, append_line, keep_lines, read_lines, write_json
+from emmech.results import Record, RunFolder, append_line, keep_lines, read_lines
+from emmech.summarised import Summarised
 
 ANSWERS, SEARCH = "answers.jsonl", "search.json"
+Values = Sequence[float | int | None]
+"""A number for each question's answer; None where there is none."""
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What every block that was patched did to the answers."""
+class SearchResult(Summarised):
+    """What every block that was patched did to the answers.
 
-    summary: Mapping[str, Any]
-    """How it was run, and the unpatched and fully patched answers' measure."""
-    blocks: Sequence[Record]
-    """In the order they were patched: place, measure with interval, change, effect, depth."""
+    The summary says how it was run, and what the unpatched and fully patched answers measure.
+    """
 
-    def frame(self) -> pd.DataFrame:
-        """One row per block; ``effect`` is 0 as unpatched, 1 as with the whole prefix."""
-        return pd.DataFrame(self.blocks)
+    FILE, ROWS = SEARCH, "blocks"
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``search.json``; returns its path."""
-        path = Path(folder) / SEARCH
-        write_json(path, {**self.summary, "blocks": list(self.blocks)})
-        return path
+    @property
+    def blocks(self) -> Sequence[Record]:
+        """In the order they were patched: place, measure with interval, change, effect, depth.
+
+        ``effect`` is 0 as unpatched, 1 as with the whole prefix.
+        """
+        return self.summary["blocks"]
+
+    def text(self) -> str:
+        """A sentence that says what was found."""
+        from emmech.report_sweep import search_text
+
+        return search_text(self.summary)
+
+    def figure(self) -> Any:
+        """The blocks on the map of layers and tokens, as a plotly figure."""
+        from emmech.figures import search_map
+
+        return search_map(self.summary)
+
+    def _table(self) -> Any:
+        from emmech.report_sweep import search_table
+
+        return search_table(self.summary)
+
+    def _write_page(self, folder: str | Path) -> Path:
+        from emmech.report_sweep import write_search
+
+        return write_search(folder, self.summary)
 
 
 def search(
     pair: ModelPair,
     questions: Iterable[Any],
+    behaviour: str | Behaviour = defaults.DETECTOR,
     *,
-    detector: str = defaults.DETECTOR,
     bands: int = 4,
     stretches: int = 3,
     threshold: float | int = 0.2,
@@ -74,48 +95,55 @@ def search(
     Args:
         pair: From ``load_pair``.
         questions: Texts, chats or questions, behind one template prefix; answered greedily.
-        detector: What is counted in the answers.
+        behaviour: A detector's name, or what a judge says: ``judged`` of `emmech.piggyback.behaviours`.
         bands: Layers are first cut into so many; ``stretches`` likewise of prefix tokens.
         threshold: Share of the whole prefix's change that a block must do to be split.
         most: Blocks to patch at most.
         direction: As in ``sweep_kv``.
         max_new_tokens: Length of the answers.
-        out: Folder for the answers and the result; a stopped search continues there.
+        out: Folder for the answers, the result and a report; a stopped search continues there.
         progress: Show a progress bar.
 
     Raises:
         EmmechError: The questions, model or folder are refused, or the whole prefix changes nothing.
+        JudgeError: The judge had to stop; answers and judgements until then are saved.
     """
-    measure = find_detector(detector)
-    if measure.unit is None or not threshold > 0:
-        raise PatchError(
-            "a detector that measures something, and a threshold above 0",
-            f"got {detector} and {threshold}",
-            "Correct them",
-        )
+    measure = detected(behaviour) if isinstance(behaviour, str) else behaviour
+    if not threshold > 0:
+        raise PatchError("a threshold above 0", f"got {threshold}", "Correct it")
     replay = Replay(pair, list(questions), PROMPTS, direction)
     decoding = Decoding(max_new_tokens)
-    settings = {"detector": detector, "bands": bands, "stretches": stretches, "threshold": threshold}
+    settings = {**measure.settings, "bands": bands, "stretches": stretches, "threshold": threshold}
     arguments = {"kind": "search", **settings, "most": most, "decoding": asdict(decoding)}
     arguments |= sweep_arguments(replay, [{}], None)
     folder = None if out is None else RunFolder(out, arguments, lines=False)
-    asker = _Asker(replay, decoding, None if folder is None else folder.path / ANSWERS)
-    with tqdm(total=most, disable=not progress, unit="block") as bar:
-        found = _refine(asker, measure, _blocks(replay.shape, bands, stretches), threshold, most, bar)
-    unpatched, full = (_mean(asker.values(patch, measure), measure.unit) for patch in (NOTHING, EVERYTHING))
-    summary = {**arguments, "question_ids": replay.question_ids, "unpatched": unpatched, "full": full}
-    result = SearchResult(summary, found)
+    asker = _Asker(replay, decoding, measure, None if folder is None else folder.path / ANSWERS)
+    with tqdm(total=most, disable=not progress, unit="block", dynamic_ncols=True) as bar:
+        found = _refine(asker, _blocks(replay.shape, bands, stretches), threshold, most, bar)
+    unpatched, full = (_mean(asker.values(patch), measure.unit) for patch in (NOTHING, EVERYTHING))
+    result = SearchResult(
+        {
+            **arguments,
+            "behaviour": measure.name,
+            "tokens": list(replay.prompt.token_texts[: replay.prompt.n_prefix]),
+            "question_ids": replay.question_ids,
+            "notes": list(pair.notes),
+            "unpatched": unpatched,
+            "full": full,
+            "blocks": found,
+        }
+    )
     if out is not None:
         result.save(out)
     return result
 
 
 def _refine(
-    asker: "_Asker", measure: Any, first: Sequence[Cell], threshold: float | int, most: int, bar: tqdm
+    asker: "_Asker", first: Sequence[Cell], threshold: float | int, most: int, bar: tqdm
 ) -> list[Record]:
     """Patch blocks, and the halves of those that tell, the strongest first."""
-    unpatched, full = (asker.values(patch, measure) for patch in (NOTHING, EVERYTHING))
-    whole = (sum(full) - sum(unpatched)) / len(full)
+    unpatched, full = asker.values(NOTHING), asker.values(EVERYTHING)
+    whole = paired_difference(full, unpatched, asker.ids).mean
     if whole == 0:
         raise PatchError(
             "a prefix whose patch changes the answers", "this one changes none", "Ask more questions"
@@ -124,44 +152,53 @@ def _refine(
     n_made, found = len(waiting), []
     while waiting and len(found) < most:
         _, _, depth, cell = heapq.heappop(waiting)
-        values = asker.values(Patch((cell,)), measure)
-        change = paired_difference(values, unpatched, asker.ids)
-        effect = change.mean / whole
-        found.append(
-            {
-                **{axis: at for axis, at in cell.coordinates().items() if axis != "kv_head"},
-                "depth": depth,
-                **_mean(values, measure.unit),
-                "change": change.to_json(),
-                "effect": effect,
-            }
-        )
+        values = asker.values(Patch((cell,)))
+        where = {axis: at for axis, at in cell.coordinates().items() if axis != "kv_head"}
+        found.append({**where, "depth": depth, **_mean(values, asker.measure.unit)})
+        found[-1] |= _change(values, unpatched, asker.ids, whole)
         bar.update()
-        for half in _halves(cell) if abs(effect) >= threshold else ():
+        effect = found[-1]["effect"]
+        for half in _halves(cell) if effect is not None and abs(effect) >= threshold else ():
             heapq.heappush(waiting, (-abs(effect), n_made, depth + 1, half))
             n_made += 1
     return found
 
 
-class _Asker:
-    """Greedy answers of the recipient under any patch of its prefix cache, each made once."""
+def _change(values: Values, unpatched: Values, ids: Sequence[str], whole: float) -> Record:
+    """What a patch changes on the questions whose answers have a value with it and without, if any."""
+    if all(one is None or other is None for one, other in zip(values, unpatched, strict=True)):
+        return {"change": None, "effect": None}
+    change = paired_difference(values, unpatched, ids)
+    return {"change": change.to_json(), "effect": change.mean / whole}
 
-    def __init__(self, replay: Replay, decoding: Decoding, path: Path | None):
-        self.replay, self.decoding, self.path = replay, decoding, path
+
+class _Asker:
+    """Greedy answers of the recipient under any patch of its prefix cache, each made and measured once."""
+
+    def __init__(self, replay: Replay, decoding: Decoding, measure: Behaviour, path: Path | None):
+        self.replay, self.decoding, self.measure, self.path = replay, decoding, measure, path
         self.ids = list(replay.question_ids)
         self.found: dict[str, list[str]] = {}
+        self.measured: dict[str, Values] = {}
         if path is not None:
             keep_lines(path, bool)
             self.found = {line["block"]: line["answers"] for line in read_lines(path)}
 
-    def values(self, patch: Patch, measure: Any) -> list[float]:
-        """What the detector measures in each answer."""
+    def values(self, patch: Patch) -> Values:
+        """What is measured in each answer."""
         name = patch.cells[0].text() if patch.cells else "nothing"
         if name not in self.found:
             self.found[name] = self._answers(patch)
             if self.path is not None:
                 append_line(self.path, {"block": name, "answers": self.found[name]})
-        return [float(measure(text)) for text in self.found[name]]
+        if name not in self.measured:
+            asked = [
+                {"question_id": item.question_id, "question": item.prompt.query, "condition": name}
+                for item in self.replay.items
+            ]
+            answers = zip(asked, self.found[name], strict=True)
+            self.measured[name] = self.measure.values([one | {"response": text} for one, text in answers])
+        return self.measured[name]
 
     def _answers(self, patch: Patch) -> list[str]:
         replay, side = self.replay, self.replay.recipient
@@ -209,5 +246,8 @@ def _halves(cell: Cell) -> list[Cell]:
     return [replace(cell, **{axis: half}) for half in (places[:middle], places[middle:])]
 
 
-def _mean(values: Sequence[float], unit: str | None) -> Record:
+def _mean(values: Values, unit: str) -> Record:
+    """The mean over the answers that have a value, if any."""
+    if all(one is None for one in values):
+        return {"mean": None, "low": None, "high": None, "n": 0, "n_missing": len(values)}
     return clustered_mean(values, list(range(len(values))), unit=unit).to_json()

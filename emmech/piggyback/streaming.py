@@ -63,6 +63,7 @@ def score_patches(
     *,
     rows: int | None = None,
     folder: RunFolder | None = None,
+    file: str = SCORES,
     progress: bool = True,
 ) -> Scored:
     """The metric of every question under every patch.
@@ -72,6 +73,7 @@ def score_patches(
         patches: What is replaced, as the replay understands it; duplicates are run twice.
         rows: Rows per batch; by free memory by default.
         folder: Where finished batches are written, and read again after a stop.
+        file: Their name there: other patches in one folder need another.
         progress: Show cells per second and the time left.
 
     Raises:
@@ -83,7 +85,7 @@ def score_patches(
         budget = Budget(**choose("budget", lambda: asdict(fitting(replay, rows))))
         if replay.late_start is None:
             replay.late_start = choose("late_start", lambda: replay.verify(shortest(replay)[:2]))
-        stream = _Stream(replay, patches, budget, folder, progress)
+        stream = _Stream(replay, patches, budget, folder, file, progress)
         stream.run()
     weights = question_weights(replay)
     return Scored(
@@ -108,10 +110,11 @@ class _Stream:
         patches: Sequence[Any],
         budget: Budget,
         folder: RunFolder | None,
+        file: str,
         progress: bool,
     ):
         self.replay, self.patches, self.budget = replay, patches, budget
-        self.ours, self.folder = processes(), folder
+        self.ours, self.folder, self.file = processes(), folder, file
         found = [replay.start(patch) for patch in patches]
         self.starts, self.runs = np.array(found, dtype=int).reshape(-1, 2).T
         order = shortest(replay).cpu().numpy()
@@ -122,7 +125,7 @@ class _Stream:
         self.sizes = {key: n for number in range(len(self.chunks)) for key, n in self._sizes(number)}
         self.done: dict[Key, np.ndarray] = {}
         if folder is not None:
-            self.done = self.ours.from_main(lambda: _written(folder))
+            self.done = self.ours.from_main(lambda: _written(folder, file))
         self.mine = self.ours.share([key for key in self.sizes if key not in self.done])
         here = sum(self.sizes[key] for key in [*self.done, *self.mine])
         self.bar = tqdm(
@@ -137,7 +140,8 @@ class _Stream:
         """Refuse records whose rows another version put in another order."""
         rows = [part.tolist() for items in self.chunks for batch in self._batches(items) for part in batch]
         plan = fingerprint(rows)
-        if _chosen(self.ours, self.folder, "batches", lambda: plan) != plan:
+        name = "batches" if self.file == SCORES else f"batches of {self.file}"
+        if _chosen(self.ours, self.folder, name, lambda: plan) != plan:
             raise PatchError(
                 "a sweep begun by this version of emmech",
                 f"'{self.folder and self.folder.path}' was begun by one that cut its batches in another way",
@@ -153,7 +157,7 @@ class _Stream:
                 made |= self._run_chunk(self.chunks[chunk], list(keys))
         self.done |= self.ours.together(made)
         if self.folder is not None:
-            self.ours.from_main(lambda: _put_together(self.folder, self.done))
+            self.ours.from_main(lambda: _put_together(self.folder, self.file, self.done))
         for chunk, items in enumerate(self.chunks):
             self._fill(chunk, items)
 
@@ -168,7 +172,7 @@ class _Stream:
             made[chunk, number] = scores
             if self.folder is not None:
                 record = {"chunk": chunk, "batch": number, "scores": scores.tolist()}
-                append_line(self.folder.file(SCORES), record)
+                append_line(self.folder.file(self.file), record)
             self._advance(self.sizes[chunk, number])
         return made
 
@@ -282,18 +286,18 @@ def shortest(replay: Replay) -> Int[Tensor, " item"]:
     return torch.from_numpy(np.argsort(lengths, kind="stable")).to(replay.recipient.device)
 
 
-def _written(folder: RunFolder) -> dict[Key, np.ndarray]:
+def _written(folder: RunFolder, name: str) -> dict[Key, np.ndarray]:
     """The whole batches in the files of all processes, put into one file."""
-    lines = [line for file in folder.files(SCORES) for line in read_lines(file)]
+    lines = [line for file in folder.files(name) for line in read_lines(file)]
     done = {(line["chunk"], line["batch"]): np.array(line["scores"]) for line in lines}
-    _put_together(folder, done)
+    _put_together(folder, name, done)
     return done
 
 
-def _put_together(folder: RunFolder, done: Mapping[Key, np.ndarray]) -> None:
+def _put_together(folder: RunFolder, name: str, done: Mapping[Key, np.ndarray]) -> None:
     """One file of batches in their order, as one process that is not stopped writes it."""
     lines = ({"chunk": key[0], "batch": key[1], "scores": done[key].tolist()} for key in sorted(done))
-    folder.replace(SCORES, lines)
+    folder.replace(name, lines)
 
 
 def fitting(replay: Replay, rows: int | None, *, backward: bool = False) -> Budget:

@@ -90,8 +90,11 @@ class SweepResult:
             "rows": records(self.frame()),
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.json``, ``cells.csv`` and ``report.html``; returns the report."""
+    def save(self, folder: str | Path, minimal: Mapping[str, Any] | None = None) -> Path:
+        """Write ``sweep.json``, ``cells.csv`` and ``report.html``; returns the report.
+
+        The report also shows ``minimal``, the summary of a ``MinimalSet``, where there is one.
+        """
         from emmech.report_sweep import write_sweep
 
         folder = Path(folder)
@@ -99,7 +102,7 @@ class SweepResult:
         values = {name: getattr(self, name).tolist() for name in ("unpatched", "full", "scores")}
         write_json(folder / SWEEP, {"summary": self.summary, "cells": self.cells, "values": values})
         replace_text(folder / FRAME, self.frame().to_csv(index=False))
-        return write_sweep(folder, self.to_json())
+        return write_sweep(folder, self.to_json(), minimal)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SweepResult":

@@ -58,7 +58,7 @@ class Texts:
         seen = (own | every) & (slots[:, None] >= slots)
         return nn.functional.pad(seen, (n_before, 0), value=True)[:, None]
 
-    def read_by(self, logits: Float[Tensor, "place d_vocab"], donor: Tensor | None = None) -> Read:
+    def read_by(self, logits: Float[Tensor, "place d_vocab"], reference: Tensor | None = None) -> Read:
         """The logits of these rows' ``read`` slots, as a metric reads them."""
         predicted = self.predicted.to(logits.device)
         row, column = (predicted[..., 0] >= 0).nonzero(as_tuple=True)
@@ -66,7 +66,7 @@ class Texts:
         counts = self.read.sum(1).to(logits.device)
         first = counts.cumsum(0) - counts
         n_rows = len(predicted) * self.n_answers
-        return Read(logits, place + first[row], token, row * self.n_answers + answer, n_rows, donor)
+        return Read(logits, place + first[row], token, row * self.n_answers + answer, n_rows, reference)
 
 
 def texts_of(items: Sequence[Item], device: torch.device, *, with_prefix: bool = False) -> Texts:
