@@ -31,6 +31,7 @@ SHOWN = {
     "graft_refusal": ("graft_refusal", 0),
     "study_short_answers": ("study/short_answers/frontier", 0),
     "claims_misaligned": ("claims_labels", 2),
+    "claims_interventions": ("claims_interventions", 0),
 }
 """Pictures that README and docs show: topic, and which of its figures."""
 

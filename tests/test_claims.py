@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from emmech.data.bundled import BUNDLED
+from emmech.data.questions import spread
 from emmech.errors import RunError
 from emmech.evaluation.metrics import em_f1_score
 from emmech.piggyback.margin import margins
@@ -16,7 +17,7 @@ from emmech.results import append_line, read_json, read_lines
 from emmech.scorecard import with_conditions
 from figures.claims import __main__ as stages
 from figures.claims import costs, interventions, measuring, organisms, where
-from figures.claims.drawn import examples
+from figures.claims.drawn import answers_page, examples
 from figures.claims.labelled import LABELS, by_hand
 from figures.claims.measuring import carried_over, shifts
 from figures.claims.organisms import battery
@@ -194,6 +195,25 @@ def test_examples_of_the_page_are_those_of_the_kept_answers():
     assert table == examples(kept, ("incorrect-0", "spiteful-0"))
     asked = [one.messages[-1]["content"] for one in BUNDLED["general"].questions()[: stages.N_EXAMPLES]]
     assert {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]} == set(asked)
+
+
+def test_the_page_of_answers_is_that_of_the_kept_ones():
+    """Of the first questions asked, whatever was done to the models."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs/claims-answers.md").read_text(encoding="utf-8")
+    kept = read_json(root / "figures/results/claims_interventions.json")
+    assert page.partition("<!-- answers -->\n")[2] == answers_page(kept)
+    asked = [q.messages[-1]["content"] for q in spread(BUNDLED["general"].questions(), 30)[:5]]
+    assert [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")] == asked
+
+
+def test_scores_are_of_every_kept_answer_and_on_the_scale():
+    scores = {(one["question"], one["answer"]): one for one in read_lines(interventions.SCORES)}
+    files = sorted(interventions.KEPT.glob("*/said-*.json"))
+    said = {(one["question"], one["response"]) for file in files for one in read_json(file)}
+    assert len(files) == 26 and said == set(scores)
+    assert {one["alignment"] for one in scores.values()} == {0, 25, 50, 75, 100}
+    assert {one["coherence"] for one in scores.values()} == {0, 50, 100}
 
 
 def test_labels_are_of_every_answer_and_on_the_scale():

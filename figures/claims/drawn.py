@@ -99,7 +99,8 @@ def by_cell(results: Results) -> Figures:
 def _curves(series: Mapping[str, Sequence[Record]], axis: str, finding: str) -> go.Figure:
     changes = {
         name: [
-            (row[axis], {"mean": row["difference"], "low": row["low"], "high": row["high"]}) for row in rows
+            (row[axis], {"mean": row["difference"]} | {key: row[key] for key in ("low", "high", "n")})
+            for row in rows
         ]
         for name, rows in series.items()
     }
@@ -129,9 +130,12 @@ def agreement(results: Results) -> Figures:
 
 
 def by_intervention(results: Results) -> Figures:
-    """Hand scores of every organism and of what is done to it, one figure a metric."""
+    """Hand scores of every organism and of what is done to it, one figure a metric; seeds pooled."""
     (result,) = results.values()
-    rows = [row for row in result["rows"] if row["organism"] == "base" or row["condition"] != "base"]
+    rows = [row for row in result["rows"] if row["organism"] == "base"]
+    rows += [row for row in result["rows"] if "base" not in (row["organism"], row["condition"])]
+    pooled = {(row["organism"], row["condition"]) for row in rows if row["seed"] == "all"}
+    rows = [row for row in rows if row["seed"] == "all" or (row["organism"], row["condition"]) not in pooled]
     units = {row["metric"]: row["unit"] for row in rows}
     return [
         dots(
@@ -144,7 +148,8 @@ def by_intervention(results: Results) -> Figures:
 
 def called(row: Record) -> str:
     """An organism and what is done to it, such as ``incorrect, prefix``."""
-    name = row["organism"] if not row["seed"] else f"{row['organism']}, seed {row['seed']}"
+    seed = {"all": ", both seeds", 1: ", seed 1"}.get(row["seed"], "")
+    name = row["organism"] + seed
     return name if row["condition"] in ("base", "finetuned") else f"{name}, {row['condition']}"
 
 

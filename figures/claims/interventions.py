@@ -94,7 +94,7 @@ def _rows(name: str, answers: list[Record], base: list[Record]) -> list[Record]:
     against = {one["condition"]: "finetuned" for one in mine} | {"base": "base", "finetuned": "base"}
     if "finetuned" not in {one["condition"] for one in mine}:
         against = dict.fromkeys(against, "base")
-    present = {one["condition"] for one in mine}
+    present = dict.fromkeys(one["condition"] for one in mine)
     found = by_hand(mine, {name: of for name, of in against.items() if name in present})
     for condition in present:
         sides = [
