@@ -153,6 +153,7 @@ def test_the_whole_study_on_a_tiny_model(small):
     both = by["incorrect", "all", "margin", "general", "repair:prompt"]
     seeds = [by["incorrect", seed, "margin", "general", "repair:prompt"]["mean"] for seed in (0, 1)]
     assert both["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4)  # kept to four digits
+    assert ("incorrect", "all", "margin", "general", "repair:query") not in by  # done to one seed alone
     assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
     assert by["incorrect", 0, "margin", "general", "repair:query"]["versus"]["condition"] == "finetuned"
     assert ("spiteful", 0, "margin", "general", "control:shuffled") not in by  # the headline's alone

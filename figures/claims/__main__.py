@@ -154,8 +154,10 @@ def along_training(*names: str) -> Record:
 def of_seeds(
     name: str, step: int, found: Mapping[int, list[Record]], *, reference: Mapping[str, str] | None = None
 ) -> list[Record]:
-    """Rows of every seed by itself and, where there are several, of all together (``seed`` "all")."""
-    every = {"all": [record for records in found.values() for record in records]} if len(found) > 1 else {}
+    """Rows of every seed by itself and, of what was done to each of several, together (``seed`` "all")."""
+    shared = set.intersection(*({one["condition"] for one in records} for records in found.values()))
+    pooled = [one for records in found.values() for one in records if one["condition"] in shared]
+    every = {"all": pooled} if len(found) > 1 else {}
     about = {"organism": name, "own": EVERY[name].own, "step": step}
     return [
         {**about, "seed": seed, **row}
