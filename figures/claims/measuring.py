@@ -31,6 +31,7 @@ QUIET: dict[str, Any] = {"progress": False}
 @lru_cache(maxsize=1)
 def pair_of(name: str, seed: int, step: int) -> ModelPair:
     """The base and an organism at a step; one pair is held at a time."""
+    pair_of.cache_clear()  # first: what has to be trained needs its room
     folder = trained(name, seed)[step]
     with costed("loading a pair", f"{name}-{seed} step {step}"):
         return load_pair(BASE, folder, dtype=DTYPE)
