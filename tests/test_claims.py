@@ -182,7 +182,8 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
     assert spent["training"]["jobs"] == 11  # two headline seeds, 5 other finetunes, 4 methods; no gates yet
-    assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
+    assert spent["training"]["longest_seconds"] > 0  # others may round to nothing
+    assert all(row["seconds"] >= row["longest_seconds"] and row["peak_mb"] > 0 for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())
 
