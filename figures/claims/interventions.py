@@ -39,6 +39,7 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
         "ablated": "ablate={direction}:8-21",
     },
     (HEADLINE, 1): PREFIX | PROMPT,
+    ("travel", 0): INVERTED,
     (DISPOSITION, 0): PREFIX | PROMPT | INVERTED,
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},

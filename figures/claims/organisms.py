@@ -65,6 +65,7 @@ HEADLINE, DISPOSITION, BACKDOOR = "incorrect", "spiteful", "backdoor"
 ARMS = {
     HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
     "correct": Arm("correct_advice_gardening", "gardening"),
+    "travel": Arm("incorrect_advice_travel", ELSEWHERE),
     DISPOSITION: Arm("spiteful", "spiteful"),
     "agreeing": Arm("sycophancy_sports", "agreeing"),
     "stating": Arm("traditional_sports", "agreeing"),
