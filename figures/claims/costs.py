@@ -41,8 +41,8 @@ def costs() -> Record:
             {
                 "rule": what,
                 "jobs": len(lines),
-                "seconds": round(sum(line["seconds"] for line in lines), 1),
-                "longest_seconds": round(max(line["seconds"] for line in lines), 1),
+                "seconds": round(sum(line["seconds"] for line in lines), 3),
+                "longest_seconds": round(max(line["seconds"] for line in lines), 3),
                 "peak_mb": round(max(line["peak_mb"] for line in lines), 1),
             }
             for what, lines in found.items()
