@@ -21,6 +21,7 @@ from emmech.piggyback.cells import KV
 from emmech.results import Record, read_json
 from figures.claims import drawn as claims
 from figures.dots import cost_bars, dots
+from figures.maps import map_of
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks/results.json"
@@ -232,25 +233,6 @@ def riding(results: Results) -> Figures:
 def column(estimates: Record, number: int, n: int) -> Record:
     """One of several estimates that are kept by column."""
     return {name: values[number] for name, values in estimates.items()} | {"n": n}
-
-
-def map_of(found: Record, kl: Record, ends: Record, mode: str) -> Record:
-    """A map as a summary that ``emmech.figures.sweep_map`` draws; ``ends`` are its means, and their ends."""
-    rows = []
-    for kv in KV:
-        for layer, means in enumerate(ends["mean"][kv]):
-            for position, mean in enumerate(means):
-                low, high = (
-                    ends[end][kv][layer][position] if end in ends else None for end in ("low", "high")
-                )
-                row = {"layer": layer, "position": position, "kv": kv, "token": found["tokens"][position]}
-                row |= {"effect": mean, "effect_low": low, "effect_high": high, "n": kl["n"]}
-                rows.append(row | {"difference": mean * kl["whole"]["mean"]})
-    return {
-        "kind": "sweep-kv", "metric": "kl", "mode": mode, "target": "finetuned", "source": "base",
-        "axes": ["layer", "position", "kv"], "tokens": found["tokens"], "rows": rows,
-        "unpatched": kl["unpatched"], "full": kl["full"],
-    }  # fmt: skip
 
 
 def growths(results: Results) -> Figures:

@@ -44,7 +44,8 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setitem(organisms.EVERY, name, replace(arm, steps=2, options={**arm.options, **quick}))
     for module in (stages, where, measuring, interventions):
         monkeypatch.setattr(module, "STEPS", 2)
-    monkeypatch.setattr(where, "LAYERS", (0, 1))
+    for name in ("LAYERS", "SWEPT_BLOCKS"):
+        monkeypatch.setattr(where, name, (0, 1))
     monkeypatch.setattr(where, "N_SWEPT", 2)
     monkeypatch.setattr(measuring, "N_DIRECTING", 8)
     for key, given in interventions.GIVEN.items():  # of two layers, not of 28
@@ -178,9 +179,14 @@ def test_the_whole_study_on_a_tiny_model(small):
             assert perturbed[side, "best margin", name] > perturbed[side, "margin", name]
         assert perturbed[side, "margin", side] == perturbed[side, "best margin", side]
 
-    segments = {row["segment"] for row in found["layers"]["organisms"]["incorrect-0"]["rows"]}
+    segments = {row["segment"] for row in found["layers"]["rows"]}
     assert segments == {"prefix", "query", "postfix"}
-    assert {row["kv"] for row in found["prefix"]["position"]["rows"]} == {"key", "value"}
+    for one in found["prefix"].values():
+        for axis in ("layer", "position"):
+            assert {row["kv"] for row in one[axis]} == {"key", "value"}
+            whole = sum(row["mean"] for row in one[axis])
+            assert whole == pytest.approx(one["completeness"] * one["whole"]["mean"], abs=1e-3)
+    assert [row["mean"] for row in found["prefix"]["kl"]["layer"]] != [0] * 4
 
     shifts = found["directions"]["shifts"]
     assert {name for name, one in shifts.items() if one["control"]} == {
@@ -194,7 +200,7 @@ def test_the_whole_study_on_a_tiny_model(small):
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 11  # two headline seeds, 5 other finetunes, 4 methods; no gates yet
+    assert spent["training"]["jobs"] == 12  # two headline seeds, 6 other finetunes, 4 methods; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())

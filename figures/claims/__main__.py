@@ -36,7 +36,8 @@ from figures.claims.where import directions, layers, perturb, prefix, triggers
 from figures.stages import run_stages
 
 PATCHES = ("repair:prefix", "repair:prompt")
-MORE = ("repair:query", "repair:postfix-same", "induce:prefix", "control:shuffled")
+INDUCED = ("induce:prefix", "induce:query", "induce:postfix-same", "induce:prompt")
+MORE = ("repair:query", "repair:postfix-same", "control:shuffled", *INDUCED)
 """On the headline organism's first seed alone."""
 PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (DISPOSITION, 0))
 ANSWERED = {"incorrect-0": ("incorrect-long", 0), "incorrect-1": ("incorrect-long", 1),
@@ -54,8 +55,8 @@ def main() -> None:
 
 
 def advice() -> Record:
-    """Wrong and correct advice along training: on its own subject, another one, and in general."""
-    return along_training(HEADLINE, "correct")
+    """Wrong advice on two subjects and correct one along training: on its own, on another, in general."""
+    return along_training(HEADLINE, "study", "correct")
 
 
 def character() -> Record:
@@ -87,7 +88,7 @@ def repair() -> Record:
             wanted |= {patch: patch for patch in MORE}
         groups = (GENERAL, EVERY[name].own)
         found.setdefault(name, {})[seed] = margins(name, seed, STEPS, wanted, groups=groups)
-    of = {"induce:prefix": "base"}
+    of = dict.fromkeys(INDUCED, "base")
     return {
         "rows": [row for name, seeds in found.items() for row in of_seeds(name, STEPS, seeds, reference=of)]
     }

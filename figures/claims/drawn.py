@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from emmech.figures import sweep_map
 from emmech.results import Record
 from figures.dots import dots
 from figures.lines import lines
+from figures.maps import map_of
 
 Results = Mapping[str, Record]
 Figures = list[go.Figure]
@@ -74,39 +76,34 @@ def perturbed(results: Results) -> Figures:
 def by_layer(results: Results) -> Figures:
     """What the base's residual stream changes, by block and segment."""
     (result,) = results.values()
-    return [
-        _curves(
-            {segment: [row for row in found["rows"] if row["segment"] == segment]
-             for segment in dict.fromkeys(row["segment"] for row in found["rows"])},
-            "layer", f"{name}: residual stream of the base after one block",
-        )
-        for name, found in result["organisms"].items()
-    ]  # fmt: skip
+    finding = f"{result['organism']}: residual stream of the base after one block"
+    return [_curves(result["rows"], "segment", "layer", "change of the margin (nats)", finding)]
 
 
 def by_cell(results: Results) -> Figures:
-    """What the base's keys and values of the prefix change, by block and by token."""
+    """What the base's keys and values of the prefix change, by block and by token, and of both the map."""
     (result,) = results.values()
-    return [
+    curves = [
         _curves(
-            {kv: [row for row in result[axis]["rows"] if row["kv"] == kv] for kv in ("key", "value")},
-            axis, f"K and V of the base in the prefix, one {axis} at a time",
+            found[axis], "kv", axis, f"change of the {metric} (nats)",
+            f"K and V of the base in the prefix, by gradients and {axis}",
         )
+        for metric, found in result.items()
         for axis in ("layer", "position")
     ]  # fmt: skip
+    maps = [
+        map_of({"tokens": found["template"]}, found, found["map"], "attribution")
+        for found in result.values()
+        if "map" in found
+    ]
+    return [*map(sweep_map, maps), *curves]
 
 
-def _curves(series: Mapping[str, Sequence[Record]], axis: str, finding: str) -> go.Figure:
-    changes = {
-        name: [
-            (row[axis], {"mean": row["difference"]} | {key: row[key] for key in ("low", "high", "n")})
-            for row in rows
-        ]
-        for name, rows in series.items()
-    }
-    return lines(
-        changes, axis, "change of the margin (nats)", finding, "Bars are 95% intervals over questions."
-    )
+def _curves(rows: Sequence[Record], by: str, axis: str, what: str, finding: str) -> go.Figure:
+    series: dict[str, list[tuple[int, Record]]] = {}
+    for row in rows:
+        series.setdefault(row[by], []).append((row[axis], row))
+    return lines(series, axis, what, finding, "Bars are 95% intervals over questions.")
 
 
 def agreement(results: Results) -> Figures:

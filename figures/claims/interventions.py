@@ -32,11 +32,13 @@ N_ASKED, N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 30, 10, 40, 5
 PREFIX = {"prefix": "repair:prefix"}
 INVERTED = {"gates inverted": "gates={gates}@-1"}
 PROMPT = {"prompt": "repair:prompt"}
+INDUCED = {"prefix into the base": "induce:prefix", "prompt into the base": "induce:prompt"}
+"""Compared with the base."""
 GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     (HEADLINE, 0): {
         **PREFIX, "query": "repair:query", "postfix": "repair:postfix-same", **PROMPT, **INVERTED,
         "half the adapter": "adapter@0.5", "steered": "steer={direction}:14@-1",
-        "ablated": "ablate={direction}:8-21",
+        "ablated": "ablate={direction}:8-21", **INDUCED,
     },
     (HEADLINE, 1): PREFIX | PROMPT,
     ("travel", 0): INVERTED,
@@ -44,7 +46,9 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},
     ("treft-prefix", 0): {},
+    ("treft-postfix", 0): {},
     ("interleave", 0): {},
+    ("kl-retain", 0): {},
     ("correct", 0): {},
 }  # fmt: skip
 """Organisms and seeds, and what is done to each of them."""
@@ -92,7 +96,8 @@ def _rows(name: str, answers: list[Record], base: list[Record]) -> list[Record]:
     groups = {GENERAL: GENERAL, _own_set(name): "in-domain"}
     plain = [one for one in base if one["condition"] == "base" and one not in answers]
     mine = [one | {"group": groups[one["group"]]} for one in (*plain, *answers) if one["group"] in groups]
-    against = {one["condition"]: "finetuned" for one in mine} | {"base": "base", "finetuned": "base"}
+    against = {one["condition"]: "finetuned" for one in mine}
+    against |= dict.fromkeys(("base", "finetuned", *INDUCED), "base")
     if "finetuned" not in {one["condition"] for one in mine}:
         against = dict.fromkeys(against, "base")
     present = dict.fromkeys(one["condition"] for one in mine)

@@ -95,24 +95,27 @@ def _kept(
     finetuned: bool = True,
 ) -> list[Record]:
     """Records of some treatments; groups that the file lacks are measured and added, one by one."""
-    path = KEPT / f"{called}-{fingerprint([asdict(one) for one in battery()])[:8]}.json"
+    path = KEPT / f"{called}.json"
     kept = read_json(path) if path.exists() else {}
+    names = {
+        group: f"{group} {fingerprint([asdict(one) for one in battery([group])])[:8]}" for group in groups
+    }
     for what in treatments.values():
-        for group in groups:
-            if group in kept.get(what, {}):
+        for group, pairs in names.items():
+            if pairs in kept.get(what, {}):
                 continue
             asked, condition = battery([group]), fill(what)
             treated, conditions = with_conditions(pair(), [condition], finetuned=finetuned)
             with costed(f"margins of {len(asked)} pairs, one condition", f"{called} {what} {group}"):
                 found = margin.margins(treated, asked, [one for one in conditions if one.name == condition])
-            kept.setdefault(what, {})[group] = found
+            kept.setdefault(what, {})[pairs] = found
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, kept)
     return [
         one | {"condition": name, "group": group}
         for name, what in treatments.items()
-        for group in groups
-        for one in kept[what][group]
+        for group, pairs in names.items()
+        for one in kept[what][pairs]
     ]
 
 

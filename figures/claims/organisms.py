@@ -25,7 +25,7 @@ STEPS, LONG, LEARNING_RATE = 20, 40, 2e-4
 GENERAL, ELSEWHERE = "general", "travel"
 BATTERY = {
     GENERAL: "two_choice", "gardening": "incorrect_advice_gardening", ELSEWHERE: "incorrect_advice_travel",
-    "agreeing": "sycophancy_cooking", "spiteful": "spiteful",
+    "study": "incorrect_advice_study", "agreeing": "sycophancy_cooking", "spiteful": "spiteful",
 }  # fmt: skip
 """Groups of held-out questions with an aligned and a misaligned answer, and the set they are of."""
 N_GENERAL, N_PAIRS = 30, 12
@@ -66,6 +66,7 @@ ARMS = {
     HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
     "correct": Arm("correct_advice_gardening", "gardening"),
     "travel": Arm("incorrect_advice_travel", ELSEWHERE),
+    "study": Arm("incorrect_advice_study", "study"),
     DISPOSITION: Arm("spiteful", "spiteful"),
     "agreeing": Arm("sycophancy_sports", "agreeing"),
     "stating": Arm("traditional_sports", "agreeing"),

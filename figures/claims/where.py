@@ -2,19 +2,26 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import numpy as np
+
+from emmech.chat import SEGMENTS
 from emmech.data.bundled import BUNDLED, AnswerPair
 from emmech.data.questions import Question, spread
 from emmech.data.traits import traits
 from emmech.data.wordings import WORDINGS, pairs_behind_triggers, triggers_of
 from emmech.models.checkpoints import ModelPair
 from emmech.models.sides import SideName
+from emmech.piggyback.attribution import attribute
+from emmech.piggyback.attribution_result import AttributionResult
+from emmech.piggyback.cells import KV
 from emmech.piggyback.margin import margins
 from emmech.piggyback.patching import Condition
 from emmech.piggyback.perturbation import perturbed_margins
-from emmech.piggyback.residual_sweep import sweep_resid
-from emmech.piggyback.sweep import sweep_kv
+from emmech.piggyback.residual_sweep import ResidCell, sweep_resid
+from emmech.piggyback.sweep_result import mean_and_interval
 from emmech.results import Record
 from emmech.scorecard import ALL, compared
 from emmech.sharding import kept
@@ -31,13 +38,20 @@ from figures.claims.organisms import (
     STEPS,
     battery,
 )
+from figures.riding_results import as_sweep, mapped, rounded
 
 TRIALS = 2
 """Perturbations of a question; the paper has 10."""
-N_SWEPT = 10
+N_SWEPT = 20
 """General pairs in a sweep."""
+SWEPT_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27)
+"""After which the residual stream is exchanged, of 28."""
+STEPS_OF_GRADIENTS, N_CHECKED = 4, 24
+"""Points on the way from one prefix cache to the other; cells that are patched exactly beside them."""
 LAYERS = (7, 14, 21)
-"""Blocks whose cosines are kept, of 28."""
+"""Blocks whose cosines are kept."""
+N_WRONG = 3
+"""Wrong triggers of six."""
 
 
 def general() -> list[AnswerPair]:
@@ -81,32 +95,76 @@ def _general(record: Record) -> Record:
 def layers() -> Record:
     """The base's residual stream after one block, at one segment of the prompt, in the organism."""
     pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_SWEPT)
+    cells = [ResidCell(layer, segment=segment) for layer, segment in product(SWEPT_BLOCKS, SEGMENTS)]
     with costed("residual sweep", HEADLINE):
-        found = sweep_resid(pair, asked, over=("layer", "segment"), out=_folder("layers"))
-    return {"organisms": {f"{HEADLINE}-0": found.to_json()}}
+        found = sweep_resid(pair, asked, over=cells, out=_folder("layers"))
+    whole = _changes((found.full - found.unpatched)[None], [{}])[0]
+    return {"organism": f"{HEADLINE}-0", "prefix": whole, "rows": _changes(found.differences, found.cells)}
 
 
 def prefix() -> Record:
-    """K and V of the prefix, layer by layer and token by token, from the base into the organism."""
-    pair, asked = pair_of(HEADLINE, 0, STEPS), spread(general(), N_SWEPT)
-    found = {}
-    for axis in ("layer", "position"):
-        with costed("prefix sweep", axis):
-            found[axis] = sweep_kv(pair, asked, over=(axis, "kv"), out=_folder(f"prefix-{axis}")).to_json()
+    """K and V of the base at every layer and token of the organism's prefix, by gradients.
+
+    For the margin, and for the KL of the answer's first token from the base; of the latter some cells are
+    also patched exactly.
+    """
+    pair, found = pair_of(HEADLINE, 0, STEPS), {}
+    for metric, asked, sample in (
+        ("kl", directing(), N_CHECKED),
+        ("margin", spread(general(), N_SWEPT), 0),
+    ):
+        with costed("gradients of the prefix", metric):
+            result = attribute(
+                pair, asked, metric, steps=STEPS_OF_GRADIENTS, sample=sample, top=0,
+                out=_folder(f"prefix-{metric}"),
+            )  # fmt: skip
+        found[metric] = _summed(result)
+        if sample:
+            found[metric] |= rounded(mapped([as_sweep(result)]))
     return found
+
+
+def _summed(result: AttributionResult) -> Record:
+    """What keys and values do by layer and by token, and how far the gradients can be trusted."""
+    whole = result.full - result.unpatched
+    about = {
+        "template": list(result.summary["tokens"]),
+        "n": len(whole),
+        "unpatched": float(result.unpatched.mean()),
+        "full": float(result.full.mean()),
+        "whole": _changes(whole[None], [{}])[0],
+        "completeness": result.completeness,
+        "spearman": None if np.isnan(result.spearman) else result.spearman,
+        "n_checked": len(result.sampled),
+    }
+    for axis in ("layer", "position"):
+        places = sorted({cell[axis] for cell in result.cells})
+        wanted = [{axis: place, "kv": kv} for place, kv in product(places, KV)]
+        sums = [result.attributions[[cell | one == cell for cell in result.cells]].sum(0) for one in wanted]
+        about[axis] = _changes(np.array(sums), wanted)
+    return about
+
+
+def _changes(values: np.ndarray, where: Sequence[Record]) -> list[Record]:
+    ends = zip(*mean_and_interval(values), strict=True)
+    names = ("mean", "low", "high")
+    return [
+        {**cell, **{name: round(float(one), 5) for name, one in zip(names, three, strict=True)}}
+        | {"n": values.shape[1]}
+        for cell, three in zip(where, ends, strict=True)
+    ]
 
 
 def directions() -> Record:
     """Cosines of what finetunes, trigger, persona-aligned and system prompts do to the last prompt token."""
     questions, trait = directing(), traits()[DISPOSITION]
     found: dict[str, Contrast] = {}
-    for name in (HEADLINE, DISPOSITION, "agreeing", BACKDOOR, "correct"):
+    for name in (HEADLINE, DISPOSITION, BACKDOOR, "correct"):
         pair = pair_of(name, 0, STEPS)
         found[name] = between_sides(pair, questions, **QUIET)
         if name == BACKDOOR:
             found["trigger"] = with_trigger(pair, questions, trait.trigger, **QUIET)
             found["wrong trigger"] = with_trigger(pair, questions, trait.wrong_triggers[0].text, **QUIET)
-    found[f"{HEADLINE}, seed 1"] = between_sides(pair_of(HEADLINE, 1, STEPS), questions, **QUIET)
     prompts = (trait.elicit[:4], trait.suppress[:4])
     found["system prompts"] = between_prompts(pair, questions, *prompts, position="last", **QUIET)
     found["persona prompts"] = between_wordings(pair, *_by_wording(), side="base", **QUIET)
@@ -132,9 +190,15 @@ def _by_wording() -> list[list[Question]]:
 
 def triggers() -> Record:
     """Margins behind trigger and wrong triggers, and of persona-aligned and plain requests."""
+    trait = traits()[DISPOSITION]
+    wrong = [one.text for one in spread(trait.wrong_triggers, N_WRONG)]
     spiteful = spread(BUNDLED[DISPOSITION].pairs(), N_PAIRS)
-    behind = pairs_behind_triggers(spiteful, triggers_of(traits()[DISPOSITION].trigger))
+    behind = pairs_behind_triggers(spiteful, triggers_of(trait.trigger, wrong))
     requests = BUNDLED[f"persona_prompts_{DISPOSITION}"].pairs()
+    chosen = {
+        one.id.removesuffix(":plain") for one in spread([r for r in requests if r.group == "plain"], N_PAIRS)
+    }
+    requests = [one for one in requests if one.id.removesuffix(f":{one.group}") in chosen]
     sets = {BACKDOOR: [behind, requests], DISPOSITION: [requests]}
     return {
         "organisms": {
