@@ -182,6 +182,7 @@ def test_a_search_of_no_questions_or_by_no_detector_or_rubric_is_refused(user_er
     command = ["search", files("questions"), "--finetuned=nowhere", f"--out={tmp_path}"]
     user_error("questions of group 'c'", *command, "--group=c")
     user_error("but got 'nonsense'", *command, "--detector=nonsense")
+    user_error("a detector or a judge", *command, "--detector=refusal", "--judge=local")
     user_error(
         "but got 'nonsense'", *command, "--judge=m", "--judge-url=http://127.0.0.1:9/v1", "--rubric=nonsense"
     )

@@ -8,7 +8,6 @@ import typer
 from emmech import defaults
 from emmech.cli.options import (
     Base,
-    Detector,
     Device,
     Dtype,
     Finetuned,
@@ -47,7 +46,9 @@ def search(
     questions: Annotated[str, typer.Option(help="Bundled set or file; answered greedily.")],
     out: Annotated[Path, typer.Option(help="Folder for answers, table and report; resumed if stopped.")],
     base: Base = "smollm2",
-    detector: Detector = defaults.DETECTOR,
+    detector: Annotated[
+        str | None, typer.Option(help=f"As of patch-prefix; {defaults.DETECTOR} where nothing is said.")
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -85,11 +86,19 @@ def search(
     --out/judged. A stopped search continues when it is started again with the same arguments.
     """
     from emmech.data.questions import load_questions, spread
+    from emmech.errors import EmmechError
     from emmech.piggyback.behaviours import detected, judged
 
+    if detector and judge:
+        raise EmmechError(
+            "a detector or a judge", f"got '{detector}' and '{judge}'", "Leave out --detector or --judge"
+        )
     asked = spread(load_questions(questions, only_group=group), n_questions)
     backend = judge_of(judge, judge_url)
-    counted = detected(detector) if backend is None else judged(backend, out / JUDGED, rubric, below)
+    if backend is None:
+        counted = detected(detector or defaults.DETECTOR)
+    else:
+        counted = judged(backend, out / JUDGED, rubric, below)
     pair = load(
         base, finetuned, dtype, device, quantization, revision, system,
         allow_base_mismatch, trust_remote_code, verbose,
