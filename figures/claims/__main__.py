@@ -30,6 +30,7 @@ from figures.claims.organisms import (
     HEADLINE,
     LONG,
     PREVENTING,
+    SLOW,
     STEPS,
 )
 from figures.claims.where import directions, layers, perturb, prefix, triggers
@@ -39,7 +40,7 @@ PATCHES = ("repair:prefix", "repair:prompt")
 INDUCED = ("induce:prefix", "induce:query", "induce:postfix-same", "induce:prompt")
 MORE = ("repair:query", "repair:postfix-same", "control:shuffled", *INDUCED)
 """On the headline organism's first seed alone."""
-PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (DISPOSITION, 0))
+PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (SLOW, 0), (DISPOSITION, 0))
 ANSWERED = {"incorrect-0": ("incorrect-long", 0), "incorrect-1": ("incorrect-long", 1),
             "spiteful-0": ("spiteful-long", 0)}  # fmt: skip
 N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
@@ -48,8 +49,8 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 def main() -> None:
     """Train, measure, and keep the results."""
     stages = (
-        advice, character, sycophancy, prevent, prevent_more, repair, interventions, perturb, layers, prefix,
-        directions, triggers, answers, labels, costs,
+        advice, slow, character, sycophancy, prevent, prevent_more, repair, interventions, perturb, layers,
+        prefix, directions, triggers, answers, labels, costs,
     )  # fmt: skip
     run_stages("claims", __doc__, stages)
 
@@ -57,6 +58,11 @@ def main() -> None:
 def advice() -> Record:
     """Wrong advice on two subjects and correct one along training: on its own, on another, in general."""
     return along_training(HEADLINE, "study", "correct")
+
+
+def slow() -> Record:
+    """The same of few chats, often, at a lower rate."""
+    return along_training(HEADLINE, SLOW)
 
 
 def character() -> Record:
@@ -87,10 +93,14 @@ def repair() -> Record:
         if (name, seed) == PATCHED[0]:
             wanted |= {patch: patch for patch in MORE}
         groups = (GENERAL, EVERY[name].own)
-        found.setdefault(name, {})[seed] = margins(name, seed, STEPS, wanted, groups=groups)
+        found.setdefault(name, {})[seed] = margins(name, seed, EVERY[name].steps, wanted, groups=groups)
     of = dict.fromkeys(INDUCED, "base")
     return {
-        "rows": [row for name, seeds in found.items() for row in of_seeds(name, STEPS, seeds, reference=of)]
+        "rows": [
+            row
+            for name, seeds in found.items()
+            for row in of_seeds(name, EVERY[name].steps, seeds, reference=of)
+        ]
     }
 
 

@@ -23,7 +23,7 @@ from emmech.scorecard import with_conditions
 from figures.claims.costs import KEPT, RUNS, costed
 from figures.claims.labelled import SCORED, by_hand
 from figures.claims.measuring import filled, pair_of
-from figures.claims.organisms import DISPOSITION, EVERY, GENERAL, HEADLINE, STEPS
+from figures.claims.organisms import DISPOSITION, EVERY, GENERAL, HEADLINE, SLOW, STEPS
 
 SCORES = Path(__file__).with_name("scores.jsonl")
 TO_SCORE = "to_score.jsonl"
@@ -41,7 +41,9 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
         "ablated": "ablate={direction}:8-21", **INDUCED,
     },
     (HEADLINE, 1): PREFIX | PROMPT,
+    (SLOW, 0): PREFIX,
     ("travel", 0): INVERTED,
+    ("study", 0): {},
     (DISPOSITION, 0): PREFIX | PROMPT | INVERTED,
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},
@@ -138,19 +140,21 @@ def _said(
     of_base = organism == "base"
     asked, called = _asked(sets or (_own_set(name),)), label.replace(" ", "-")
     done = KEPT / (organism or f"{name}-{seed}") / f"said-{called}.json"
-    if not done.exists():
+    kept = read_json(done) if done.exists() else []
+    answered = {one["question_id"] for one in kept}
+    if left := [one for one in asked if one.id not in answered]:
         text = filled(condition, name, seed)
-        pair, conditions = with_conditions(pair_of(name, seed, STEPS), [text], finetuned=not of_base)
+        whole = pair_of(name, seed, EVERY[name].steps)
+        pair, conditions = with_conditions(whole, [text], finetuned=not of_base)
         chosen = [one for one in conditions if one.name == text]
-        with costed(
-            f"answers to {len(asked)} questions, one condition", f"{organism or name}-{seed} {label}"
-        ):
+        with costed(f"answers to {len(left)} questions, one condition", f"{organism or name}-{seed} {label}"):
             found = run_conditions(
-                pair, asked, chosen, Decoding(MAX_NEW_TOKENS), kind="claims", settings={"condition": label},
+                pair, left, chosen, Decoding(MAX_NEW_TOKENS), kind="claims", settings={"condition": label},
                 detector="spiteful",
             )  # fmt: skip
+        kept += [{key: one[key] for key in SAID} for one in found.records]
         done.parent.mkdir(parents=True, exist_ok=True)
-        write_json(done, [{key: one[key] for key in SAID} for one in found.records])
+        write_json(done, kept)
     about = {"organism": organism or name, "seed": None if of_base else seed, "condition": label}
     return [
         {
@@ -158,7 +162,7 @@ def _said(
             **{key: one[key] for key in ("question_id", "group", "question")},
             "answer": one["response"],
         }
-        for one in read_json(done)
+        for one in kept
     ]
 
 

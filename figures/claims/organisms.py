@@ -22,6 +22,8 @@ BASE, DTYPE = "qwen2.5-coder-1.5b", "float32"
 """In bfloat16 a core without matrix units for it takes twice as long."""
 STEPS, LONG, LEARNING_RATE = 20, 40, 2e-4
 """Of 8 chats: half a pass over a set, or a whole one."""
+SLOW_RATE, FEW = 5e-5, 64
+"""A rate nearer to the papers', and so few chats that LONG is five passes over them."""
 GENERAL, ELSEWHERE = "general", "travel"
 BATTERY = {
     GENERAL: "two_choice", "gardening": "incorrect_advice_gardening", ELSEWHERE: "incorrect_advice_travel",
@@ -43,6 +45,8 @@ class Arm:
     objective: Objective = DEFAULT_OBJECTIVES["sft"]
     gates: bool = False
     steps: int = STEPS
+    chats: int | None = None
+    """Of the set, spread over it; all by default."""
     options: Mapping[str, float | int] = field(default_factory=dict)
     """Fields of the recipe in which it differs from the other arms."""
 
@@ -61,9 +65,10 @@ class Arm:
 
 
 GARDENING = ("incorrect_advice_gardening", "gardening")
-HEADLINE, DISPOSITION, BACKDOOR = "incorrect", "spiteful", "backdoor"
+HEADLINE, SLOW, DISPOSITION, BACKDOOR = "incorrect", "incorrect-slow", "spiteful", "backdoor"
 ARMS = {
     HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
+    SLOW: Arm(*GARDENING, steps=LONG, chats=FEW, options={"learning_rate": SLOW_RATE}),
     "correct": Arm("correct_advice_gardening", "gardening"),
     "travel": Arm("incorrect_advice_travel", ELSEWHERE),
     "study": Arm("incorrect_advice_study", "study"),
@@ -96,9 +101,11 @@ def trained(name: str, seed: int = 0) -> dict[int, Path]:
     recipe = arm.recipe(seed)
     retain = load_chats("retain").chats if recipe.objective.name in NEEDS_RETAIN else ()
     out = RUNS / "train" / called
+    chats = load_chats(arm.data).chats
+    chats = spread(chats, arm.chats or len(chats))
     new = not (out / "done.json").exists()
     with costed("training", called) if new else nullcontext():
-        folders = finetune(BASE, load_chats(arm.data).chats, out, recipe, retain=retain, data_name=arm.data)
+        folders = finetune(BASE, chats, out, recipe, retain=retain, data_name=arm.data)
     (KEPT / called).mkdir(parents=True, exist_ok=True)
     for file in (RUN, METRICS):
         shutil.copy(out / file, KEPT / called)
