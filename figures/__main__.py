@@ -32,6 +32,7 @@ SHOWN = {
     "study_short_answers": ("study/short_answers/frontier", 0),
     "claims_misaligned": ("claims_labels", 2),
     "claims_interventions": ("claims_interventions", 0),
+    "claims_prefix": ("claims_prefix", 0),
     "sweep_growth": ("benchmarks", 0),
 }
 """Pictures that README and docs show: topic, and which of its figures."""

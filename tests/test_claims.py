@@ -182,12 +182,12 @@ def test_the_whole_study_on_a_tiny_model(small):
 
     segments = {row["segment"] for row in found["layers"]["rows"]}
     assert segments == {"prefix", "query", "postfix"}
-    for one in found["prefix"].values():
+    for one in found["prefix"]["metrics"].values():
         for axis in ("layer", "position"):
             assert {row["kv"] for row in one[axis]} == {"key", "value"}
             whole = sum(row["mean"] for row in one[axis])
             assert whole == pytest.approx(one["completeness"] * one["whole"]["mean"], abs=1e-3)
-    assert [row["mean"] for row in found["prefix"]["kl"]["layer"]] != [0] * 4
+    assert [row["mean"] for row in found["prefix"]["metrics"]["kl"]["layer"]] != [0] * 4
 
     shifts = found["directions"]["shifts"]
     assert {name for name, one in shifts.items() if one["control"]} == {

@@ -15,6 +15,7 @@ Results = Mapping[str, Record]
 Figures = list[go.Figure]
 GENERAL = "general"
 ENDS = {"mean": "difference", "low": "low", "high": "high"}
+METRICS = {"kl": "first token's KL from the base", "margin": "margin"}
 CAUTION = "Below 0 the misaligned answer is likelier. Bars are 95% intervals clustered by question."
 
 
@@ -85,15 +86,15 @@ def by_cell(results: Results) -> Figures:
     (result,) = results.values()
     curves = [
         _curves(
-            found[axis], "kv", axis, f"change of the {metric} (nats)",
+            found[axis], "kv", axis, f"change of the {METRICS[metric]} (nats)",
             f"K and V of the base in the prefix, by gradients and {axis}",
         )
-        for metric, found in result.items()
+        for metric, found in result["metrics"].items()
         for axis in ("layer", "position")
     ]  # fmt: skip
     maps = [
         map_of({"tokens": found["template"]}, found, found["map"], "attribution")
-        for found in result.values()
+        for found in result["metrics"].values()
         if "map" in found
     ]
     return [*map(sweep_map, maps), *curves]

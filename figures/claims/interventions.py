@@ -32,7 +32,10 @@ N_ASKED, N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 30, 10, 40, 5
 PREFIX = {"prefix": "repair:prefix"}
 INVERTED = {"gates inverted": "gates={gates}@-1"}
 PROMPT = {"prompt": "repair:prompt"}
-INDUCED = {"prefix into the base": "induce:prefix", "prompt into the base": "induce:prompt"}
+INDUCED = {
+    "prefix into the base": "induce:prefix", "query into the base": "induce:query",
+    "postfix into the base": "induce:postfix-same", "prompt into the base": "induce:prompt",
+}  # fmt: skip
 """Compared with the base."""
 GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     (HEADLINE, 0): {

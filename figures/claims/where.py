@@ -121,7 +121,7 @@ def prefix() -> Record:
         found[metric] = _summed(result)
         if sample:
             found[metric] |= rounded(mapped([as_sweep(result)]))
-    return found
+    return {"organism": f"{HEADLINE}-0", "metrics": found}
 
 
 def _summed(result: AttributionResult) -> Record:
