@@ -33,6 +33,8 @@ SHOWN = {
     "claims_misaligned": ("claims_labels", 2),
     "claims_interventions": ("claims_interventions", 0),
     "claims_prefix": ("claims_prefix", 0),
+    "claims_repair": ("claims_repair", 0),
+    "claims_prevent": ("claims_prevent", 0),
     "sweep_growth": ("benchmarks", 0),
 }
 """Pictures that README and docs show: topic, and which of its figures."""

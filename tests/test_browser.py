@@ -1,9 +1,11 @@
 """Pages in a real browser: they draw, filter, and fit a phone and a desk."""
 
+import plotly.graph_objects as go
 import pytest
 import run_folders
 from browser import browser, needs_browser
 
+from emmech.figures.house import finished
 from emmech.report_overview import write_overview
 from emmech.report_runs import read_runs
 
@@ -74,6 +76,28 @@ def test_a_page_draws_all_figures_without_errors_and_is_no_wider_than_phone_or_d
     tab.set_viewport_size({"width": 1600, "height": 900})
     assert fits(tab)
     assert errors == []
+
+
+OUTSIDE = """() => {
+    const page = document.querySelector('.main-svg').getBoundingClientRect()
+    return ['.gtitle', '.gtitle-subtitle', '.xtitle'].filter(name => {
+        const box = document.querySelector(name).getBoundingClientRect()
+        return box.height == 0 || box.top < page.top || box.bottom > page.bottom
+    })
+}"""
+
+
+@pytest.mark.parametrize("n_lines", [1, 2, 3])
+def test_titles_of_several_lines_are_whole_on_a_low_figure(chromium, tmp_path, n_lines):
+    fig = go.Figure(go.Scatter(x=[0, 1], y=[0, 1])).update_xaxes(title="margin (nats)")
+    fig = finished(fig, "gyp " * (18 * n_lines), "Bars are intervals.", 80)
+    assert fig.layout.title.text.count("<br>") == n_lines - 1
+    fig.write_html(tmp_path / "figure.html")
+    tab = chromium.new_page(viewport={"width": 800, "height": 600})
+    tab.goto((tmp_path / "figure.html").as_uri())
+    tab.wait_for_selector(".xtitle")
+    assert tab.evaluate(OUTSIDE) == []
+    tab.close()
 
 
 def count(tab):

@@ -57,7 +57,7 @@ HOUSE = go.layout.Template(
             "ticklabelstandoff": 8,
         },
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
-        "margin": {"l": 8, "r": 16, "b": 8},
+        "margin": {"l": 8, "r": 16, "b": 14},
         "hoverlabel": {"align": "left"},
         "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)"},
     }
@@ -116,7 +116,11 @@ def finished(fig: go.Figure, title: str, caption: str, height: int) -> go.Figure
     top = 56 + 22 * len(lines) + 16 * len(small)
     return fig.update_layout(
         template=HOUSE,
-        title={"text": "<br>".join(lines), "subtitle": {"text": "<br>".join(small)}},
+        title={
+            "text": "<br>".join(lines),
+            "subtitle": {"text": "<br>".join(small)},
+            "pad": {"t": 22 if len(lines) > 1 else 0},  # plotly puts the second line where one alone is
+        },
         margin_t=top,
         height=height + top,
     )

@@ -14,13 +14,11 @@ from figures.maps import map_of
 Results = Mapping[str, Record]
 Figures = list[go.Figure]
 GENERAL = "general"
-ENDS = {"mean": "difference", "low": "low", "high": "high"}
 METRICS = {"kl": "first token's KL from the base", "margin": "margin"}
-CAUTION = "Below 0 the misaligned answer is likelier. Bars are 95% intervals clustered by question."
 
 
 def along_training(results: Results) -> Figures:
-    """General margin against that of the trained subject as training goes on, and all groups at its end."""
+    """What training does to general margins against those of its subject, and all groups at its end."""
     (result,) = results.values()
     rows = [row for row in result["rows"] if row["metric"] == "margin"]
     seeds = {row["organism"]: row["seed"] for row in rows}  # "all" comes last, where there are several
@@ -31,16 +29,17 @@ def along_training(results: Results) -> Figures:
             own = {
                 r["group"]: r for r in mine if (r["organism"], r["step"]) == (row["organism"], row["step"])
             }
-            series.setdefault(row["organism"], []).append((own[row["own"]], row))
+            series.setdefault(row["organism"], []).append((own[row["own"]]["versus"], row["versus"]))
     last = {row["organism"]: row["step"] for row in mine}
     ends = [row for row in mine if row["step"] == last[row["organism"]]]
     start = [("base", row["group"], row) for row in result.get("base", ()) if row["metric"] == "margin"]
     spread = lines(
         series,
-        "margin on questions of the trained kind (nats)",
-        "margin on general questions (nats)",
+        "change of the margin on questions of the trained kind (nats)",
+        "change on general questions (nats)",
         "The further down at one place across, the further it spreads",
-        f"Points are training steps, a quarter, half and all. {CAUTION}",
+        "From the base, which is at 0; points are half of training and all. Below 0 the misaligned answer "
+        "has become likelier. Bars are 95% intervals clustered by question.",
     )
     carried = [(row["organism"], "", row) for row in result["rows"] if row["metric"] == "carried over"]
     return [
@@ -51,16 +50,21 @@ def along_training(results: Results) -> Figures:
 
 
 def treated(results: Results) -> Figures:
-    """Margin by condition for every organism, on general questions and on those of its own kind."""
+    """What each condition changes in the margin, on general questions and on those of the own kind."""
     (result,) = results.values()
-    rows = [row for row in result["rows"] if row["metric"] == "margin"]
-    seeds = {row["organism"]: row["seed"] for row in rows}
+    rows = seeds_together([row for row in result["rows"] if row["metric"] == "margin"])
     figures = []
-    for name, seed in seeds.items():
-        mine = [row for row in rows if (row["organism"], row["seed"]) == (name, seed)]
-        mine = [row for row in mine if row["group"] in (GENERAL, row["own"])]
-        figures.append(dots([(r["condition"], r["group"], r) for r in mine], f"{name}: margin", "nats"))
+    for name in dict.fromkeys(row["organism"] for row in rows):
+        mine = [row for row in rows if row["organism"] == name and row["group"] in (GENERAL, row["own"])]
+        points = [(r["condition"], r["group"], r["versus"]) for r in mine if "versus" in r]
+        figures.append(dots(points, f"{name}: change of the margin", "nats"))
     return figures
+
+
+def seeds_together(rows: Sequence[Record]) -> list[Record]:
+    """Of every organism and condition the row of all its seeds, where there is one."""
+    pooled = {(row["organism"], row["condition"]) for row in rows if row["seed"] == "all"}
+    return [row for row in rows if row["seed"] == "all" or (row["organism"], row["condition"]) not in pooled]
 
 
 def perturbed(results: Results) -> Figures:
@@ -132,8 +136,7 @@ def by_intervention(results: Results) -> Figures:
     (result,) = results.values()
     rows = [row for row in result["rows"] if row["organism"] == "base"]
     rows += [row for row in result["rows"] if "base" not in (row["organism"], row["condition"])]
-    pooled = {(row["organism"], row["condition"]) for row in rows if row["seed"] == "all"}
-    rows = [row for row in rows if row["seed"] == "all" or (row["organism"], row["condition"]) not in pooled]
+    rows = seeds_together(rows)
     units = {row["metric"]: row["unit"] for row in rows}
     return [
         dots(
