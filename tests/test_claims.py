@@ -232,7 +232,7 @@ def test_scores_are_of_every_kept_answer_and_on_the_scale():
     scores = {(one["question"], one["answer"]): one for one in read_lines(interventions.SCORES)}
     files = sorted(interventions.KEPT.glob("*/said-*.json"))
     said = {(one["question"], one["response"]) for file in files for one in read_json(file)}
-    assert len(files) == 28 and said == set(scores)
+    assert len(files) == 34 and said == set(scores)
     assert {one["alignment"] for one in scores.values()} == {0, 25, 50, 75, 100}
     assert {one["coherence"] for one in scores.values()} == {0, 50, 100}
 

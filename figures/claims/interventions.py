@@ -46,14 +46,11 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     (HEADLINE, 1): PREFIX | PROMPT,
     (SLOW, 0): PREFIX,
     ("travel", 0): INVERTED,
-    ("study", 0): {},
     (DISPOSITION, 0): PREFIX | PROMPT | INVERTED,
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},
     ("treft-prefix", 0): {},
-    ("treft-postfix", 0): {},
     ("interleave", 0): {},
-    ("kl-retain", 0): {},
     ("correct", 0): {},
 }  # fmt: skip
 """Organisms and seeds, and what is done to each of them."""
