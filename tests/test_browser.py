@@ -1,5 +1,7 @@
 """Pages in a real browser: they draw, filter, and fit a phone and a desk."""
 
+from itertools import product
+
 import plotly.graph_objects as go
 import pytest
 import run_folders
@@ -78,25 +80,28 @@ def test_a_page_draws_all_figures_without_errors_and_is_no_wider_than_phone_or_d
     assert errors == []
 
 
-OUTSIDE = """() => {
-    const page = document.querySelector('.main-svg').getBoundingClientRect()
-    return ['.gtitle', '.gtitle-subtitle', '.xtitle'].filter(name => {
-        const box = document.querySelector(name).getBoundingClientRect()
-        return box.height == 0 || box.top < page.top || box.bottom > page.bottom
-    })
+MISPLACED = """() => {
+    const box = name => document.querySelector(name).getBoundingClientRect()
+    const page = box('.main-svg')
+    const outside = ['.gtitle', '.gtitle-subtitle', '.legend', '.xtitle'].filter(
+        name => box(name).height == 0 || box(name).top < page.top || box(name).bottom > page.bottom
+    )
+    return box('.gtitle-subtitle').bottom > box('.legend').top ? [...outside, 'legend'] : outside
 }"""
 
 
-@pytest.mark.parametrize("n_lines", [1, 2, 3])
-def test_titles_of_several_lines_are_whole_on_a_low_figure(chromium, tmp_path, n_lines):
-    fig = go.Figure(go.Scatter(x=[0, 1], y=[0, 1])).update_xaxes(title="margin (nats)")
-    fig = finished(fig, "gyp " * (18 * n_lines), "Bars are intervals.", 80)
-    assert fig.layout.title.text.count("<br>") == n_lines - 1
-    fig.write_html(tmp_path / "figure.html")
+def test_titles_of_several_lines_are_whole_and_above_the_legend(chromium, tmp_path):
     tab = chromium.new_page(viewport={"width": 800, "height": 600})
-    tab.goto((tmp_path / "figure.html").as_uri())
-    tab.wait_for_selector(".xtitle")
-    assert tab.evaluate(OUTSIDE) == []
+    for n_lines, height in product((1, 2, 3), (160, 1600)):
+        fig = go.Figure([go.Scatter(x=[0, 1], y=[0, 1], name=name) for name in "ab"])
+        fig = finished(fig.update_xaxes(title="margin (nats)"), "gyp " * (18 * n_lines), "Intervals.", height)
+        assert fig.layout.title.text.count("<br>") == n_lines - 1
+        if tab.url == "about:blank":
+            fig.write_html(tmp_path / "figure.html")
+            tab.goto((tmp_path / "figure.html").as_uri())
+            tab.wait_for_selector(".xtitle")
+        tab.evaluate("fig => Plotly.react(document.querySelector('.js-plotly-plot'), fig)", fig.to_dict())
+        assert tab.evaluate(MISPLACED) == []
     tab.close()
 
 

@@ -39,7 +39,7 @@ HOUSE = go.layout.Template(
         "font": {"size": 13, "color": TEXT},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "title": {"x": 0.01, "xanchor": "left", "yref": "container", "y": 0.98, "yanchor": "top"},
+        "title": {"x": 0.01, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top"},
         "title_font_size": 17,
         "title_subtitle_font_size": 12,
         "xaxis": {
@@ -119,7 +119,7 @@ def finished(fig: go.Figure, title: str, caption: str, height: int) -> go.Figure
         title={
             "text": "<br>".join(lines),
             "subtitle": {"text": "<br>".join(small)},
-            "pad": {"t": 22 if len(lines) > 1 else 0},  # plotly puts the second line where one alone is
+            "pad": {"t": 22 if len(lines) > 1 else 10},  # plotly puts the second line where one alone is
         },
         margin_t=top,
         height=height + top,
