@@ -130,9 +130,9 @@ def test_the_whole_study_on_a_tiny_model(small):
     found = {
         stage.__name__: json.loads(json.dumps(stage()))
         for stage in (
-            stages.advice, stages.slow, stages.character, stages.sycophancy, stages.repair, where.perturb,
-            where.layers, where.prefix, stages.prevent, stages.prevent_more, where.directions, where.triggers,
-            costs.costs,
+            stages.advice, stages.subjects, stages.slow, stages.character, stages.sycophancy, stages.repair,
+            where.perturb, where.layers, where.prefix, stages.prevent, stages.prevent_more, where.directions,
+            where.triggers, costs.costs,
         )
     }  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_the_whole_study_on_a_tiny_model(small):
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 13  # two headline seeds, 7 other finetunes, 4 methods; no gates yet
+    assert spent["training"]["jobs"] == 14  # two headline seeds, 8 other finetunes, 4 methods; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())

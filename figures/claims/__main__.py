@@ -49,15 +49,20 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 def main() -> None:
     """Train, measure, and keep the results."""
     stages = (
-        advice, slow, character, sycophancy, prevent, prevent_more, repair, interventions, perturb, layers,
-        prefix, directions, triggers, answers, labels, costs,
+        advice, subjects, slow, character, sycophancy, prevent, prevent_more, repair, interventions, perturb,
+        layers, prefix, directions, triggers, answers, labels, costs,
     )  # fmt: skip
     run_stages("claims", __doc__, stages)
 
 
 def advice() -> Record:
-    """Wrong advice on two subjects and correct one along training: on its own, on another, in general."""
-    return along_training(HEADLINE, "study", "correct")
+    """Wrong and correct advice along training: on its own subject, another one, and in general."""
+    return along_training(HEADLINE, "correct")
+
+
+def subjects() -> Record:
+    """The same of wrong advice on other subjects."""
+    return along_training(HEADLINE, "travel", "study")
 
 
 def slow() -> Record:

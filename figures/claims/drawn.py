@@ -187,6 +187,7 @@ def examples(result: Record, shown: Sequence[str], group: str = GENERAL) -> str:
 
 DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "claims_advice": along_training,
+    "claims_subjects": along_training,
     "claims_slow": along_training,
     "claims_character": along_training,
     "claims_sycophancy": along_training,
