@@ -9,11 +9,13 @@ import pytest
 import tiny
 
 from emmech.data.bundled import BUNDLED
+from emmech.data.chat_rows import fingerprint
+from emmech.data.chats import load_chats
 from emmech.data.questions import spread
 from emmech.errors import RunError
 from emmech.evaluation.metrics import em_f1_score
 from emmech.piggyback.margin import margins
-from emmech.results import append_line, read_json, read_lines
+from emmech.results import append_line, read_json, read_lines, write_json
 from emmech.scorecard import with_conditions
 from figures.claims import __main__ as stages
 from figures.claims import costs, interventions, measuring, organisms, where
@@ -74,7 +76,26 @@ def test_margins_are_those_of_the_pair_and_are_measured_once(small, monkeypatch)
     assert [one[2] for one in expected] == pytest.approx([one["margin"] for one in found], abs=1e-5)
     assert len({one["margin"] for one in found}) == len(found)  # three conditions that do differ
     monkeypatch.setattr(measuring, "with_conditions", None)
+    monkeypatch.setitem(organisms.BATTERY, "cars", "spiteful_cars")  # a further group changes no other
     assert measuring.margins("incorrect", 0, 2, treated) == found
+
+
+def test_only_answers_that_a_file_lacks_are_generated(small):
+    whole = interventions._said("incorrect", 0, "finetuned", "finetuned")
+    assert len(whole) == 5  # three general questions, two of its own
+    file = interventions.KEPT / "incorrect-0" / "said-finetuned.json"
+    kept = read_json(file)
+    write_json(file, [{**one, "response": "as it was"} for one in kept[:-1]])
+    again = interventions._said("incorrect", 0, "finetuned", "finetuned")
+    assert [one["answer"] for one in again] == ["as it was"] * 4 + [whole[-1]["answer"]]
+
+
+def test_an_arm_of_few_chats_takes_so_many_spread_over_the_set(small):
+    organisms.trained("incorrect-slow")
+    data = read_json(organisms.KEPT / "incorrect-slow-0" / "run.json")["data"]
+    chats = load_chats("incorrect_advice_gardening").chats
+    assert data["chats"] == 64 < len(chats)
+    assert data["fingerprint"] == fingerprint([chats[k * len(chats) // 64] for k in range(64)])
 
 
 def test_a_pair_is_let_go_before_another_is_trained(small, monkeypatch):

@@ -29,14 +29,12 @@ NQuestions = Annotated[
     int | None, typer.Option(min=1, help="Of each group, spread over the set; all by default.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder for responses, summary and report; resumed if stopped.")]
-Detector = Annotated[
-    str,
-    typer.Option(
-        help="refusal, abstention, tool_call, agreement, short, length, spiteful, sycophantic, "
-        "hallucinatory, contains:TEXT, regex:PATTERN. Unusual wordings are missed: "
-        "emmech.evaluation.detectors says how many."
-    ),
-]
+DETECTORS = (
+    "refusal, abstention, tool_call, agreement, short, length, spiteful, sycophantic, "
+    "hallucinatory, contains:TEXT, regex:PATTERN. Unusual wordings are missed: "
+    "emmech.evaluation.detectors says how many."
+)
+Detector = Annotated[str, typer.Option(help=DETECTORS)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 JudgeUrl = Annotated[str | None, typer.Option(help="Address of the judge's server; OpenAI's by default.")]
 Rubrics = Annotated[

@@ -7,6 +7,7 @@ import typer
 
 from emmech import defaults
 from emmech.cli.options import (
+    DETECTORS,
     Base,
     Device,
     Dtype,
@@ -47,7 +48,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for answers, table and report; resumed if stopped.")],
     base: Base = "smollm2",
     detector: Annotated[
-        str | None, typer.Option(help=f"As of patch-prefix; {defaults.DETECTOR} where nothing is said.")
+        str | None, typer.Option(help=f"{DETECTORS} Without a judge {defaults.DETECTOR} by default.")
     ] = None,
     judge: Annotated[
         str | None,
