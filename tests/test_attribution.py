@@ -58,8 +58,9 @@ def test_it_is_exact_where_the_score_is_linear_in_the_cache(linear_pair, steps):
     estimated = attribute(*arguments, steps=steps, sample=60, **QUIET)
     np.testing.assert_allclose(estimated.attributions, exact.differences, atol=1e-5)
     values = exact.frame()["kv"] == "value"
-    assert np.abs(exact.differences[values]).min() > 0
-    assert (exact.differences[~values] == 0).all()  # keys are never looked at
+    rounding = 1e-6  # batches of two sizes need not agree to the last bit
+    assert np.abs(exact.differences[values]).min() > rounding
+    assert np.abs(exact.differences[~values]).max() < rounding  # keys are never looked at
     assert estimated.completeness == pytest.approx(1, abs=1e-4)
     assert estimated.spearman == pytest.approx(1, abs=1e-3)  # ties of nearly equal cells
 
