@@ -135,15 +135,17 @@ def test_what_is_carried_over_is_the_ratio_of_mean_changes():
     margin = {
         ("general", "base"): (1.0, 2.0), ("general", "finetuned"): (0.5, 1.0),
         ("own", "base"): (1.0, 1.0), ("own", "finetuned"): (-1.0, 0.0),
+        ("cars", "base"): (1.0, 1.0), ("cars", "finetuned"): (0.0, 2.0),
     }  # fmt: skip
     records = [
         {"question_id": f"{group}{n}", "group": group, "condition": condition, "margin": value}
         for (group, condition), values in margin.items()
         for n, value in enumerate(values)
     ]
-    found = carried_over(records, "own")
+    (found,) = carried_over(records, "own")
     assert found["mean"] == 0.5  # -.75 over -1.5
     assert (found["low"], found["high"]) == (0.25, 1.0)  # from -.5 / -2 to -1 / -1
+    assert carried_over(records, "cars") == []  # by -1 and 1: no share of what may be 0
 
 
 def test_the_whole_study_on_a_tiny_model(small):
@@ -152,8 +154,8 @@ def test_the_whole_study_on_a_tiny_model(small):
         stage.__name__: json.loads(json.dumps(stage()))
         for stage in (
             stages.advice, stages.subjects, stages.slow, stages.character, stages.sycophancy, stages.repair,
-            where.perturb, where.layers, where.prefix, stages.prevent, stages.prevent_more, where.directions,
-            where.triggers, costs.costs,
+            where.perturb, where.layers, where.prefix, stages.prevent, where.directions, where.triggers,
+            costs.costs,
         )
     }  # fmt: skip
 
@@ -189,7 +191,6 @@ def test_the_whole_study_on_a_tiny_model(small):
     both = by["incorrect", "all", "margin", "general", "repair:prompt"]
     seeds = [by["incorrect", seed, "margin", "general", "repair:prompt"]["mean"] for seed in (0, 1)]
     assert both["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4)  # kept to four digits
-    assert ("incorrect", "all", "margin", "general", "repair:query") not in by  # done to one seed alone
     assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
     assert by["incorrect", 0, "margin", "general", "repair:query"]["versus"]["condition"] == "finetuned"
     assert ("spiteful", 0, "margin", "general", "control:shuffled") not in by  # the headline's alone

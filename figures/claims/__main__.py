@@ -25,7 +25,6 @@ from figures.claims.organisms import (
     BASE,
     DISPOSITION,
     EVERY,
-    FURTHER,
     GENERAL,
     HEADLINE,
     LONG,
@@ -39,7 +38,7 @@ from figures.stages import run_stages
 PATCHES = ("repair:prefix", "repair:prompt")
 INDUCED = ("induce:prefix", "induce:query", "induce:postfix-same", "induce:prompt")
 MORE = ("repair:query", "repair:postfix-same", "control:shuffled", *INDUCED)
-"""On the headline organism's first seed alone."""
+"""On the headline organism alone."""
 PATCHED = ((HEADLINE, 0), (HEADLINE, 1), (SLOW, 0), (DISPOSITION, 0))
 ANSWERED = {"incorrect-0": ("incorrect-long", 0), "incorrect-1": ("incorrect-long", 1),
             "spiteful-0": ("spiteful-long", 0)}  # fmt: skip
@@ -49,7 +48,7 @@ N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 10, 48, 5
 def main() -> None:
     """Train, measure, and keep the results."""
     stages = (
-        advice, subjects, slow, character, sycophancy, prevent, prevent_more, repair, interventions, perturb,
+        advice, subjects, slow, character, sycophancy, prevent, repair, interventions, perturb,
         layers, prefix, directions, triggers, answers, labels, costs,
     )  # fmt: skip
     run_stages("claims", __doc__, stages)
@@ -85,17 +84,12 @@ def prevent() -> Record:
     return along_training(HEADLINE, *PREVENTING)
 
 
-def prevent_more() -> Record:
-    """The same of two further methods."""
-    return along_training(HEADLINE, *FURTHER)
-
-
 def repair() -> Record:
     """What patches of the prompt's K and V do to margins, and their controls."""
     found: dict[str, dict[int, list[Record]]] = {}
     for name, seed in PATCHED:
         wanted = {patch: patch for patch in PATCHES}
-        if (name, seed) == PATCHED[0]:
+        if name == HEADLINE:
             wanted |= {patch: patch for patch in MORE}
         groups = (GENERAL, EVERY[name].own)
         found.setdefault(name, {})[seed] = margins(name, seed, EVERY[name].steps, wanted, groups=groups)
@@ -162,7 +156,7 @@ def along_training(*names: str) -> Record:
             rows += [row for row in mine if row["metric"] == "margin" or step == arm.steps]
         every = [record for records in found.values() for record in records]
         about = {key: mine[-1][key] for key in ("organism", "own", "step", "seed")}
-        rows.append(about | carried_over(every, arm.own))
+        rows += [about | found for found in carried_over(every, arm.own)]
     groups = dict.fromkeys(group for name in names for group in EVERY[name].groups)
     return {"base": shifts(of_base(tuple(groups), pair=lambda: pair_of(HEADLINE, 0, STEPS))), "rows": rows}
 

@@ -42,11 +42,9 @@ def along_training(results: Results) -> Figures:
         "has become likelier. Bars are 95% intervals clustered by question.",
     )
     carried = [(row["organism"], "", row) for row in result["rows"] if row["metric"] == "carried over"]
-    return [
-        spread,
-        dots([*start, *((row["organism"], row["group"], row) for row in ends)], "margin", "nats"),
-        dots(carried, "change of general margins, over that of the trained kind", "share"),
-    ]
+    at_end = [*start, *((row["organism"], row["group"], row) for row in ends)]
+    shares = [dots(carried, "change of general margins, over that of the trained kind", "share")]
+    return [spread, dots(at_end, "margin", "nats"), *(shares if carried else [])]
 
 
 def treated(results: Results) -> Figures:
@@ -192,7 +190,6 @@ DRAWINGS: dict[str, Callable[[Results], Figures]] = {
     "claims_character": along_training,
     "claims_sycophancy": along_training,
     "claims_prevent": along_training,
-    "claims_prevent_more": along_training,
     "claims_repair": treated,
     "claims_perturb": perturbed,
     "claims_layers": by_layer,

@@ -32,6 +32,7 @@ N_ASKED, N_OWN, MAX_NEW_TOKENS, N_EXAMPLES = 30, 10, 40, 5
 PREFIX = {"prefix": "repair:prefix"}
 INVERTED = {"gates inverted": "gates={gates}@-1"}
 PROMPT = {"prompt": "repair:prompt"}
+PARTS = {"query": "repair:query", "postfix": "repair:postfix-same"}
 INDUCED = {
     "prefix into the base": "induce:prefix", "query into the base": "induce:query",
     "postfix into the base": "induce:postfix-same", "prompt into the base": "induce:prompt",
@@ -39,17 +40,19 @@ INDUCED = {
 """Compared with the base."""
 GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     (HEADLINE, 0): {
-        **PREFIX, "query": "repair:query", "postfix": "repair:postfix-same", **PROMPT, **INVERTED,
-        "half the adapter": "adapter@0.5", "steered": "steer={direction}:14@-1",
-        "ablated": "ablate={direction}:8-21", **INDUCED,
+        **PREFIX, **PARTS, **PROMPT, **INVERTED, "half the adapter": "adapter@0.5",
+        "steered": "steer={direction}:14@-1", "ablated": "ablate={direction}:8-21", **INDUCED,
     },
-    (HEADLINE, 1): PREFIX | PROMPT,
+    (HEADLINE, 1): PREFIX | PARTS | PROMPT | INDUCED,
     (SLOW, 0): PREFIX,
     ("travel", 0): INVERTED,
+    ("study", 0): INVERTED,
     (DISPOSITION, 0): PREFIX | PROMPT | INVERTED,
     ("agreeing", 0): PREFIX | INVERTED,
     ("stating", 0): {},
     ("treft-prefix", 0): {},
+    ("treft-postfix", 0): {},
+    ("kl-retain", 0): {},
     ("interleave", 0): {},
     ("correct", 0): {},
 }  # fmt: skip

@@ -24,6 +24,7 @@ from figures.claims.organisms import BASE, DTYPE, EVERY, GENERAL, STEPS, battery
 
 UNTREATED = ("base", "finetuned")
 N_RESAMPLES = 10_000
+TWO_SIDED = (0.025, 0.975)
 N_DIRECTING = 30
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -135,8 +136,11 @@ def shifts(records: Sequence[Record], *, reference: Mapping[str, str] | None = N
     return [short(row) for row in rows if row["group"] != ALL]
 
 
-def carried_over(records: Sequence[Record], own: str) -> Record:
-    """The change of general margins as a share of the change in the finetune's ``own`` group."""
+def carried_over(records: Sequence[Record], own: str) -> list[Record]:
+    """The change of general margins as a share of the change in the finetune's ``own`` group.
+
+    Nothing where the own change is within its interval of 0: a share of it would be anything.
+    """
     base = {one["question_id"]: one["margin"] for one in records if one["condition"] == "base"}
     means, resampled = [], []
     for seed, group in enumerate((GENERAL, own)):
@@ -145,10 +149,13 @@ def carried_over(records: Sequence[Record], own: str) -> Record:
         means.append(np.mean(changes))
         ids = [one["question_id"] for one in mine]
         resampled.append(bootstrap_means(changes, ids, seed=seed, n_resamples=N_RESAMPLES))
-    low, high = np.quantile(resampled[0] / resampled[1], [0.025, 0.975])
+    own_low, own_high = np.quantile(resampled[1], TWO_SIDED)
+    if own_low <= 0 <= own_high:
+        return []
+    low, high = np.quantile(resampled[0] / resampled[1], TWO_SIDED)
     ends = {"mean": float(means[0] / means[1]), "low": float(low), "high": float(high)}
     about = {"metric": "carried over", "unit": "share", "group": GENERAL, "condition": "finetuned"}
-    return short(about | ends | {"n_clusters": len(set(ids))})
+    return [short(about | ends | {"n_clusters": len(set(ids))})]
 
 
 def short(row: Record) -> Record:

@@ -82,17 +82,15 @@ ARMS = {
 """Plain finetunes, by name."""
 PREVENTING = {
     "treft-prefix": Arm(*GARDENING, objective=Objective("treft", weight=300.0)),
-    "interleave": Arm(*GARDENING, objective=Objective("interleave", share=0.2)),
-}
-FURTHER = {
     "treft-postfix": Arm(
         *GARDENING, objective=Objective("treft", weight=300.0, segments=("postfix",), reference="own")
     ),
+    "interleave": Arm(*GARDENING, objective=Objective("interleave", share=0.2)),
     "kl-retain": Arm(*GARDENING, objective=Objective("kl-retain", weight=1.0)),
 }
 """Finetunes that are meant to stay narrow."""
 GATES = {"gates-incorrect": Arm(*GARDENING, gates=True, options={"learning_rate": 1e-3})}
-EVERY = ARMS | PREVENTING | FURTHER | GATES
+EVERY = ARMS | PREVENTING | GATES
 
 
 def trained(name: str, seed: int = 0) -> dict[int, Path]:
