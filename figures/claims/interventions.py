@@ -53,6 +53,7 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     ("treft-prefix", 0): {},
     ("treft-postfix", 0): {},
     ("kl-retain", 0): {},
+    ("kl-retain", 1): {},
     ("interleave", 0): {},
     ("correct", 0): {},
 }  # fmt: skip

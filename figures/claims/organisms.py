@@ -86,7 +86,7 @@ PREVENTING = {
         *GARDENING, objective=Objective("treft", weight=300.0, segments=("postfix",), reference="own")
     ),
     "interleave": Arm(*GARDENING, objective=Objective("interleave", share=0.2)),
-    "kl-retain": Arm(*GARDENING, objective=Objective("kl-retain", weight=1.0)),
+    "kl-retain": Arm(*GARDENING, seeds=(0, 1), objective=Objective("kl-retain", weight=1.0)),
 }
 """Finetunes that are meant to stay narrow."""
 GATES = {"gates-incorrect": Arm(*GARDENING, gates=True, options={"learning_rate": 1e-3})}
