@@ -52,6 +52,7 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
     ("stating", 0): {},
     ("treft-prefix", 0): {},
     ("treft-postfix", 0): {},
+    ("treft-postfix", 1): {},
     ("kl-retain", 0): {},
     ("kl-retain", 1): {},
     ("interleave", 0): {},

@@ -83,7 +83,9 @@ ARMS = {
 PREVENTING = {
     "treft-prefix": Arm(*GARDENING, objective=Objective("treft", weight=300.0)),
     "treft-postfix": Arm(
-        *GARDENING, objective=Objective("treft", weight=300.0, segments=("postfix",), reference="own")
+        *GARDENING,
+        seeds=(0, 1),
+        objective=Objective("treft", weight=300.0, segments=("postfix",), reference="own"),
     ),
     "interleave": Arm(*GARDENING, objective=Objective("interleave", share=0.2)),
     "kl-retain": Arm(*GARDENING, seeds=(0, 1), objective=Objective("kl-retain", weight=1.0)),
