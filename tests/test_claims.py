@@ -223,7 +223,7 @@ def test_the_whole_study_on_a_tiny_model(small):
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 14  # two headline seeds, 8 other finetunes, 4 methods; no gates yet
+    assert spent["training"]["jobs"] == 16  # 8 finetunes and 2 methods of one seed, 3 of two; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())
@@ -254,7 +254,9 @@ def test_scores_are_of_every_kept_answer_and_on_the_scale():
     scores = {(one["question"], one["answer"]): one for one in read_lines(interventions.SCORES)}
     files = sorted(interventions.KEPT.glob("*/said-*.json"))
     said = {(one["question"], one["response"]) for file in files for one in read_json(file)}
-    assert len(files) == 34 and said == set(scores)
+    of_organisms = sum(1 + len(treatments) for treatments in interventions.GIVEN.values())
+    assert len(files) == 1 + len(interventions.OF_BASE) + of_organisms
+    assert said == set(scores)
     assert {one["alignment"] for one in scores.values()} == {0, 25, 50, 75, 100}
     assert {one["coherence"] for one in scores.values()} == {0, 50, 100}
 

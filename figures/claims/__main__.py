@@ -60,8 +60,8 @@ def advice() -> Record:
 
 
 def subjects() -> Record:
-    """The same of wrong advice on other subjects."""
-    return along_training(HEADLINE, "travel", "study")
+    """The same of wrong advice on another subject."""
+    return along_training(HEADLINE, "study")
 
 
 def slow() -> Record:
