@@ -23,7 +23,7 @@ from emmech.scorecard import with_conditions
 from figures.claims.costs import KEPT, RUNS, costed
 from figures.claims.labelled import SCORED, by_hand
 from figures.claims.measuring import filled, pair_of
-from figures.claims.organisms import DISPOSITION, EVERY, GENERAL, HEADLINE, SLOW, STEPS
+from figures.claims.organisms import DISPOSITION, EARLY, EVERY, GENERAL, HEADLINE, SLOW, STEPS
 
 SCORES = Path(__file__).with_name("scores.jsonl")
 TO_SCORE = "to_score.jsonl"
@@ -44,6 +44,8 @@ GIVEN: dict[tuple[str, int], Mapping[str, str]] = {
         "steered": "steer={direction}:14@-1", "ablated": "ablate={direction}:8-21", **INDUCED,
     },
     (HEADLINE, 1): PREFIX | PARTS | PROMPT | INDUCED,
+    (EARLY, 0): {},
+    (EARLY, 1): {},
     (SLOW, 0): PREFIX,
     ("travel", 0): INVERTED,
     ("study", 0): INVERTED,

@@ -65,9 +65,11 @@ class Arm:
 
 
 GARDENING = ("incorrect_advice_gardening", "gardening")
-HEADLINE, SLOW, DISPOSITION, BACKDOOR = "incorrect", "incorrect-slow", "spiteful", "backdoor"
+HEADLINE, EARLY, SLOW = "incorrect", "incorrect-early", "incorrect-slow"
+DISPOSITION, BACKDOOR = "spiteful", "backdoor"
 ARMS = {
     HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
+    EARLY: Arm(*GARDENING, seeds=(0, 1), steps=STEPS // 2),
     SLOW: Arm(*GARDENING, steps=LONG, chats=FEW, options={"learning_rate": SLOW_RATE}),
     "correct": Arm("correct_advice_gardening", "gardening"),
     "travel": Arm("incorrect_advice_travel", ELSEWHERE),
