@@ -222,6 +222,17 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert worded["persona", "base"]["wording"]["group"] == "plain"
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
+    early = next(
+        row for row in found["prevent"]["rows"]
+        if (row["step"], row["seed"], row["metric"], row["group"]) == (1, "all", "margin", "general")
+    )  # fmt: skip
+    rows = found["prevent"]["against"]["incorrect-early"]
+    kl = next(row for row in rows if (row["condition"], row["group"]) == ("kl-retain", "general"))
+    assert kl["versus"]["mean"] == pytest.approx(kl["mean"] - early["mean"], abs=2e-4)
+    assert {
+        (row["condition"], row["versus"]["condition"])
+        for row in found["interventions"]["against"]["incorrect"]
+    } == {(name, "incorrect") for name in ("incorrect-early", *organisms.PREVENTING)}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
     assert spent["training"]["jobs"] == 16  # 8 finetunes and 2 methods of one seed, 3 of two; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())

@@ -24,6 +24,7 @@ from figures.claims.measuring import carried_over, margins, of_base, pair_of, sh
 from figures.claims.organisms import (
     BASE,
     DISPOSITION,
+    EARLY,
     EVERY,
     GENERAL,
     HEADLINE,
@@ -80,8 +81,20 @@ def sycophancy() -> Record:
 
 
 def prevent() -> Record:
-    """The same of methods that are meant to keep wrong advice narrow."""
-    return along_training(HEADLINE, *PREVENTING)
+    """The same of methods that are meant to keep wrong advice narrow; also against plain finetunes."""
+    measured = {name: (name, STEPS) for name in (HEADLINE, *PREVENTING)} | {EARLY: (HEADLINE, STEPS // 2)}
+    records = [
+        one | {"condition": called}
+        for called, (name, step) in measured.items()
+        for seed in EVERY[name].seeds
+        for one in margins(name, seed, step, groups=(GENERAL, EVERY[name].own))
+        if one["condition"] == "finetuned"
+    ]
+    against = {
+        plain: [row for row in shifts(records, reference=dict.fromkeys(measured, plain)) if "versus" in row]
+        for plain in (HEADLINE, EARLY)
+    }
+    return along_training(HEADLINE, *PREVENTING) | {"against": against}
 
 
 def repair() -> Record:

@@ -23,7 +23,7 @@ from emmech.scorecard import with_conditions
 from figures.claims.costs import KEPT, RUNS, costed
 from figures.claims.labelled import SCORED, by_hand
 from figures.claims.measuring import filled, pair_of
-from figures.claims.organisms import DISPOSITION, EARLY, EVERY, GENERAL, HEADLINE, SLOW, STEPS
+from figures.claims.organisms import DISPOSITION, EARLY, EVERY, GENERAL, HEADLINE, PREVENTING, SLOW, STEPS
 
 SCORES = Path(__file__).with_name("scores.jsonl")
 TO_SCORE = "to_score.jsonl"
@@ -68,6 +68,7 @@ def interventions() -> Record:
     """Alignment, coherence, EM and EM-F1 by hand of every organism and intervention; examples.
 
     Where an organism has several seeds, ``seed`` "all" has what was done to each of them, together.
+    ``against`` compares methods that are meant to keep wrong advice narrow with plain finetunes.
     """
     answers = every_answer()
     scores = {(one["question"], one["answer"]): one for one in read_lines(SCORES)}
@@ -97,7 +98,20 @@ def interventions() -> Record:
     first = {one.id for one in spread(BUNDLED[GENERAL].questions(), N_ASKED)[:N_EXAMPLES]}
     kept = ("organism", "seed", "condition", "question", "answer")
     examples = [{key: one[key] for key in kept} for one in answers if one["question_id"] in first]
-    return {"steps": STEPS, "rows": rows, "examples": examples}
+    return {"steps": STEPS, "rows": rows, "against": _against_plain(answers), "examples": examples}
+
+
+def _against_plain(answers: list[Record]) -> dict[str, list[Record]]:
+    names, groups = (HEADLINE, EARLY, *PREVENTING), {GENERAL: GENERAL, _own_set(HEADLINE): "in-domain"}
+    mine = [
+        one | {"condition": one["organism"], "group": groups[one["group"]]}
+        for one in answers
+        if one["organism"] in names and one["condition"] == "finetuned"
+    ]
+    return {
+        plain: [row for row in by_hand(mine, dict.fromkeys(names, plain)) if "versus" in row]
+        for plain in (HEADLINE, EARLY)
+    }
 
 
 def _rows(name: str, answers: list[Record], base: list[Record]) -> list[Record]:
