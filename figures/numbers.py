@@ -88,8 +88,15 @@ def check(text: str) -> list[str]:
 
 
 def fixed(text: str) -> str:
-    """The page with what the results say now."""
-    return MARKED.sub(lambda m: written(follow(m["origin"]), m["text"]) + m["rest"], text)
+    """The page with what the results say now; a number whose origin leads nowhere stays."""
+    return MARKED.sub(_now, text)
+
+
+def _now(match: re.Match[str]) -> str:
+    try:
+        return written(follow(match["origin"]), match["text"]) + match["rest"]
+    except OriginError:
+        return match[0]
 
 
 def without_origin(text: str, *, rates: bool) -> list[re.Match[str]]:

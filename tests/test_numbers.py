@@ -94,6 +94,8 @@ def test_fixing_writes_what_the_results_say_and_nothing_else(results):
     fixed = numbers.fixed(text)
     assert fixed == f"a .10 [.05, .20]<!--= {RATE} --> b **-10%**<!--= -{RATE} -->, seed 3, .44"
     assert numbers.check(fixed) == [] and numbers.fixed(fixed) == fixed
+    lost = ".1<!--= nowhere / mean -->"
+    assert numbers.fixed(f"{lost} {text}") == f"{lost} {fixed}"  # checked, too, and said
 
 
 def test_intervals_and_rates_without_an_origin_are_found():
