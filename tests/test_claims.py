@@ -50,6 +50,8 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setattr(where, name, (0, 1))
     monkeypatch.setattr(where, "N_SWEPT", 2)
     monkeypatch.setattr(measuring, "N_DIRECTING", 8)
+    for name in ("incorrect-slow", "travel", "study", "agreeing", "stating"):  # nothing that others lack
+        monkeypatch.delitem(interventions.GIVEN, (name, 0))
     for key, given in interventions.GIVEN.items():  # of two layers, not of 28
         shorter = {what: text.replace(":14@", ":1@").replace(":8-21", ":0-1") for what, text in given.items()}
         monkeypatch.setitem(interventions.GIVEN, key, shorter)
