@@ -236,7 +236,7 @@ def test_the_whole_study_on_a_tiny_model(small):
         for row in found["interventions"]["against"]["incorrect"]
     } == {(name, "incorrect") for name in ("incorrect-early", *organisms.PREVENTING)}
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
-    assert spent["training"]["jobs"] == 16  # 8 finetunes and 2 methods of one seed, 3 of two; no gates yet
+    assert spent["training"]["jobs"] == 15  # 7 finetunes and 2 methods of one seed, 3 of two; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())
     drawn = draw({f"claims_{name}": {f"claims_{name}": result} for name, result in found.items()})
     assert all(len(figures) >= 1 and all(figure.data for figure in figures) for figures in drawn.values())
