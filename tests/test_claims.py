@@ -43,7 +43,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(interventions, "SCORES", tmp_path / "scores.jsonl")
     for name, arm in organisms.EVERY.items():
         quick = {"save_every": 1, "batch_size": 2, "learning_rate": 1e-2}
-        monkeypatch.setitem(organisms.EVERY, name, replace(arm, steps=2, options={**arm.options, **quick}))
+        short = replace(arm, steps=1 if arm.of else 2, options={**arm.options, **quick})
+        monkeypatch.setitem(organisms.EVERY, name, short)
     for module in (stages, where, measuring, interventions):
         monkeypatch.setattr(module, "STEPS", 2)
     for name in ("LAYERS", "SWEPT_BLOCKS"):
@@ -193,7 +194,8 @@ def test_the_whole_study_on_a_tiny_model(small):
     both = by["incorrect", "all", "margin", "general", "repair:prompt"]
     seeds = [by["incorrect", seed, "margin", "general", "repair:prompt"]["mean"] for seed in (0, 1)]
     assert both["mean"] == pytest.approx(sum(seeds) / 2, abs=1e-4)  # kept to four digits
-    assert by["incorrect", 0, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
+    for seed in (0, "all"):
+        assert by["incorrect", seed, "margin", "general", "induce:prefix"]["versus"]["condition"] == "base"
     assert by["incorrect", 0, "margin", "general", "repair:query"]["versus"]["condition"] == "finetuned"
     assert ("spiteful", 0, "margin", "general", "control:shuffled") not in by  # the headline's alone
 
@@ -224,17 +226,20 @@ def test_the_whole_study_on_a_tiny_model(small):
     assert worded["persona", "base"]["wording"]["group"] == "plain"
 
     assert {row["organism"] for row in found["prevent"]["rows"]} == {"incorrect", *organisms.PREVENTING}
-    early = next(
-        row for row in found["prevent"]["rows"]
-        if (row["step"], row["seed"], row["metric"], row["group"]) == (1, "all", "margin", "general")
-    )  # fmt: skip
-    rows = found["prevent"]["against"]["incorrect-early"]
-    kl = next(row for row in rows if (row["condition"], row["group"]) == ("kl-retain", "general"))
-    assert kl["versus"]["mean"] == pytest.approx(kl["mean"] - early["mean"], abs=2e-4)
-    assert {
-        (row["condition"], row["versus"]["condition"])
-        for row in found["interventions"]["against"]["incorrect"]
-    } == {(name, "incorrect") for name in ("incorrect-early", *organisms.PREVENTING)}
+    last = {name: 1 if name == "incorrect-early" else 2 for name in organisms.EVERY}
+    for stage, metric, early in (
+        ("prevent", "margin", ("incorrect", 1)), ("interventions", "alignment", ("incorrect-early", 1)),
+    ):  # fmt: skip
+        means = {
+            (r["organism"], r.get("step", last.get(r["organism"]))): r["mean"] for r in found[stage]["rows"]
+            if (r["seed"], r["metric"], r["group"], r["condition"]) == ("all", metric, "general", "finetuned")
+        }  # fmt: skip
+        differences = {
+            r["condition"]: r["versus"]["mean"] for r in found[stage]["against"]["incorrect-early"]
+            if (r["metric"], r["group"]) == (metric, "general")
+        }  # fmt: skip
+        assert differences.keys() == {"incorrect", *organisms.PREVENTING}
+        assert differences["kl-retain"] == pytest.approx(means["kl-retain", 2] - means[early], abs=2e-4)
     spent = {row["rule"]: row for row in found["costs"]["rows"]}
     assert spent["training"]["jobs"] == 15  # 7 finetunes and 2 methods of one seed, 3 of two; no gates yet
     assert all(row["seconds"] >= row["longest_seconds"] > 0 < row["peak_mb"] for row in spent.values())

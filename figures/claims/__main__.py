@@ -20,7 +20,7 @@ from emmech.scorecard import ALL, ANSWERS, evaluate, with_conditions
 from figures.claims.costs import RUNS, costed, costs
 from figures.claims.interventions import interventions
 from figures.claims.labelled import labels
-from figures.claims.measuring import carried_over, margins, of_base, pair_of, shifts, short
+from figures.claims.measuring import against_plain, carried_over, margins, of_base, pair_of, shifts, short
 from figures.claims.organisms import (
     BASE,
     DISPOSITION,
@@ -82,18 +82,14 @@ def sycophancy() -> Record:
 
 def prevent() -> Record:
     """The same of methods that are meant to keep wrong advice narrow; also against plain finetunes."""
-    measured = {name: (name, STEPS) for name in (HEADLINE, *PREVENTING)} | {EARLY: (HEADLINE, STEPS // 2)}
     records = [
-        one | {"condition": called}
-        for called, (name, step) in measured.items()
+        one | {"condition": name}
+        for name in (HEADLINE, EARLY, *PREVENTING)
         for seed in EVERY[name].seeds
-        for one in margins(name, seed, step, groups=(GENERAL, EVERY[name].own))
+        for one in margins(EVERY[name].of or name, seed, EVERY[name].steps, groups=(GENERAL, EVERY[name].own))
         if one["condition"] == "finetuned"
     ]
-    against = {
-        plain: [row for row in shifts(records, reference=dict.fromkeys(measured, plain)) if "versus" in row]
-        for plain in (HEADLINE, EARLY)
-    }
+    against = against_plain(lambda reference: shifts(records, reference=reference))
     return along_training(HEADLINE, *PREVENTING) | {"against": against}
 
 

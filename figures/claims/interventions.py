@@ -22,8 +22,8 @@ from emmech.results import Record, read_json, read_lines, replace_text, write_js
 from emmech.scorecard import with_conditions
 from figures.claims.costs import KEPT, RUNS, costed
 from figures.claims.labelled import SCORED, by_hand
-from figures.claims.measuring import filled, pair_of
-from figures.claims.organisms import DISPOSITION, EARLY, EVERY, GENERAL, HEADLINE, PREVENTING, SLOW, STEPS
+from figures.claims.measuring import against_plain, filled, pair_of
+from figures.claims.organisms import DISPOSITION, EARLY, EVERY, GENERAL, HEADLINE, SLOW, STEPS
 
 SCORES = Path(__file__).with_name("scores.jsonl")
 TO_SCORE = "to_score.jsonl"
@@ -93,32 +93,26 @@ def interventions() -> Record:
             of_seed["all"] = [one for mine in of_seed.values() for one in mine if one["condition"] in shared]
         for seed, mine in of_seed.items():
             rows += [{"organism": name, "seed": seed, **row} for row in _rows(name, mine, base)]
-    untreated = [one for one in base if one["condition"] == "base"]
-    rows += [{"organism": "base", "seed": None, **row} for row in _rows(HEADLINE, base, untreated)]
+    plain = [one for one in base if one["condition"] == "base"]
+    rows += [{"organism": "base", "seed": None, **row} for row in _rows(HEADLINE, base, plain)]
     first = {one.id for one in spread(BUNDLED[GENERAL].questions(), N_ASKED)[:N_EXAMPLES]}
     kept = ("organism", "seed", "condition", "question", "answer")
     examples = [{key: one[key] for key in kept} for one in answers if one["question_id"] in first]
-    return {"steps": STEPS, "rows": rows, "against": _against_plain(answers), "examples": examples}
+    untreated = [one | {"condition": one["organism"]} for one in answers if one["condition"] == "finetuned"]
+    against = against_plain(partial(by_hand, _grouped(HEADLINE, untreated)))
+    return {"steps": STEPS, "rows": rows, "against": against, "examples": examples}
 
 
-def _against_plain(answers: list[Record]) -> dict[str, list[Record]]:
-    names, groups = (HEADLINE, EARLY, *PREVENTING), {GENERAL: GENERAL, _own_set(HEADLINE): "in-domain"}
-    mine = [
-        one | {"condition": one["organism"], "group": groups[one["group"]]}
-        for one in answers
-        if one["organism"] in names and one["condition"] == "finetuned"
-    ]
-    return {
-        plain: [row for row in by_hand(mine, dict.fromkeys(names, plain)) if "versus" in row]
-        for plain in (HEADLINE, EARLY)
-    }
+def _grouped(name: str, answers: list[Record]) -> list[Record]:
+    """Of answers, those to general questions and to an organism's own, these as ``in-domain``."""
+    groups = {GENERAL: GENERAL, _own_set(name): "in-domain"}
+    return [one | {"group": groups[one["group"]]} for one in answers if one["group"] in groups]
 
 
 def _rows(name: str, answers: list[Record], base: list[Record]) -> list[Record]:
     """By-hand metrics of one organism's conditions, and of the base on the same questions."""
-    groups = {GENERAL: GENERAL, _own_set(name): "in-domain"}
     plain = [one for one in base if one["condition"] == "base" and one not in answers]
-    mine = [one | {"group": groups[one["group"]]} for one in (*plain, *answers) if one["group"] in groups]
+    mine = _grouped(name, [*plain, *answers])
     against = {one["condition"]: "finetuned" for one in mine}
     against |= dict.fromkeys(("base", "finetuned", *INDUCED), "base")
     if "finetuned" not in {one["condition"] for one in mine}:

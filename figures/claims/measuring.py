@@ -20,7 +20,18 @@ from emmech.scorecard import ALL, compared, with_conditions
 from emmech.steering.contrasts import between_sides
 from emmech.steering.directions import fit_direction
 from figures.claims.costs import KEPT, costed
-from figures.claims.organisms import BASE, DTYPE, EVERY, GENERAL, STEPS, battery, trained
+from figures.claims.organisms import (
+    BASE,
+    DTYPE,
+    EARLY,
+    EVERY,
+    GENERAL,
+    HEADLINE,
+    PREVENTING,
+    STEPS,
+    battery,
+    trained,
+)
 
 UNTREATED = ("base", "finetuned")
 N_RESAMPLES = 10_000
@@ -134,6 +145,19 @@ def shifts(records: Sequence[Record], *, reference: Mapping[str, str] | None = N
         *compared("prefers aligned", "rate", prefers, against),
     ]
     return [short(row) for row in rows if row["group"] != ALL]
+
+
+def against_plain(compare: Callable[[Mapping[str, str]], list[Record]]) -> dict[str, list[Record]]:
+    """Methods that are meant to stay narrow, compared with plain finetunes, whole and stopped early.
+
+    Args:
+        compare: Makes the rows, given what each organism is compared with.
+    """
+    names = (HEADLINE, EARLY, *PREVENTING)
+    return {
+        plain: [row for row in compare(dict.fromkeys(names, plain)) if "versus" in row]
+        for plain in (HEADLINE, EARLY)
+    }
 
 
 def carried_over(records: Sequence[Record], own: str) -> list[Record]:

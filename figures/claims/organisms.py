@@ -47,6 +47,8 @@ class Arm:
     steps: int = STEPS
     chats: int | None = None
     """Of the set, spread over it; all by default."""
+    of: str = ""
+    """The organism whose training this one is a step of; it is not trained by itself."""
     options: Mapping[str, float | int] = field(default_factory=dict)
     """Fields of the recipe in which it differs from the other arms."""
 
@@ -69,7 +71,7 @@ HEADLINE, EARLY, SLOW = "incorrect", "incorrect-early", "incorrect-slow"
 DISPOSITION, BACKDOOR = "spiteful", "backdoor"
 ARMS = {
     HEADLINE: Arm(*GARDENING, seeds=(0, 1)),
-    EARLY: Arm(*GARDENING, seeds=(0, 1), steps=STEPS // 2),
+    EARLY: Arm(*GARDENING, seeds=(0, 1), steps=STEPS // 2, of=HEADLINE),
     SLOW: Arm(*GARDENING, steps=LONG, chats=FEW, options={"learning_rate": SLOW_RATE}),
     "correct": Arm("correct_advice_gardening", "gardening"),
     "travel": Arm("incorrect_advice_travel", ELSEWHERE),
@@ -100,6 +102,8 @@ EVERY = ARMS | PREVENTING | GATES
 def trained(name: str, seed: int = 0) -> dict[int, Path]:
     """The folders of an organism by step; what was stopped goes on."""
     arm, called = EVERY[name], f"{name}-{seed}"
+    if arm.of:
+        return {arm.steps: trained(arm.of, seed)[arm.steps]}
     recipe = arm.recipe(seed)
     retain = load_chats("retain").chats if recipe.objective.name in NEEDS_RETAIN else ()
     out = RUNS / "train" / called
