@@ -101,6 +101,12 @@ def test_an_arm_of_few_chats_takes_so_many_spread_over_the_set(small):
     assert data["fingerprint"] == fingerprint([chats[k * len(chats) // 64] for k in range(64)])
 
 
+def test_stopping_early_is_a_step_of_the_plain_training(small):
+    early = organisms.trained("incorrect-early", 1)
+    assert early == {1: organisms.trained("incorrect", 1)[1]}
+    assert [folder.name for folder in (organisms.RUNS / "train").iterdir()] == ["incorrect-1"]
+
+
 def test_a_pair_is_let_go_before_another_is_trained(small, monkeypatch):
     held, train = [], measuring.trained
 
